@@ -20,7 +20,7 @@ Expect of triplet (mean ± std of seeds 0, 1, 2; torch 2.15 on two cores of an A
 In order: 1 data, 2 backbone, 3 objectives, 4 training, 5 metrics, 6 report, 7 command line.
 
 Left out on purpose: a configuration system (argparse is one), a trainer class (it is one loop),
-experiment trackers (a run is a folder of four files), data loaders (a batch takes 2 ms to draw),
+experiment trackers (a run is a folder of four files), data loaders (a batch is drawn in a few ms),
 downloads (data and starting weights are in data/).
 """
 import time
@@ -71,7 +71,7 @@ DATA = Path(__file__).resolve().parent / "data"
 #           fail or go backwards. Nobody trains on them. Here time means nothing, and the
 #           simulator's own dense reward (0 to 10) says which frame is better.
 # Ten tasks are never trained on. Each has a sibling among the other forty (open the drawer, close
-# the drawer): a model that does not read the instruction is lost on them.
+# the drawer): they show whether a model reads the instruction or goes by the look of the scene.
 
 UNSEEN_TASKS = (
     "button-press-v3", "coffee-pull-v3", "door-open-v3", "door-unlock-v3", "drawer-open-v3",
@@ -111,7 +111,7 @@ def roll_out(env, policy, rng, steps: int, noise: float, random_share: float):
     for _ in range(steps):
         action = policy.get_action(observation)
         if rng.random() < random_share:
-            action = rng.uniform(-1, 1, size=4)
+            action = rng.uniform(-1, 1, size=4)  # x, y, z, gripper
         action = np.clip(action + noise * rng.normal(size=4), -1, 1)
         observation, reward, _, _, info = env.step(action)
         # Rendering costs 20 times a simulation step, and which frames we want depends on how long
@@ -147,7 +147,8 @@ def open_task(task: str, size: int):
         renderer = mujoco.Renderer(env.model, size, size)
     except ModuleNotFoundError as problem:
         raise InputError(
-            f"--collect needs {problem.name}: pip install -r requirements.txt") from None
+            f"--collect needs {problem.name}, which supports Python 3.10 to 3.13: "
+            "pip install -r requirements.txt") from None
     except (ImportError, AttributeError, RuntimeError, OSError) as problem:
         raise InputError(
             "cannot render: no OpenGL library answered. On Debian or Ubuntu run 'apt-get install "
@@ -202,7 +203,7 @@ def collect_task(job: dict) -> list[dict]:
             # The camera hangs upside down. Turn the picture, which flips BOTH axes: flipping the
             # rows alone looks right, but mirrors the scene, and left becomes right.
             frames[i] = renderer.render()[::-1, ::-1]
-        # Success may flicker between two frames: a frame's flag covers the steps since the last one.
+        # Success may flicker between two frames: a flag covers all steps since the frame before.
         since = np.minimum(np.r_[0, steps[:-1] + 1], steps)
         episodes.append({
             "task": task, "source": "mixed" if mixed else "expert", "seed": seed, "steps": steps,
@@ -236,14 +237,16 @@ def collect(args: argparse.Namespace) -> None:
     is the same to the byte whatever the number of workers. Raises InputError when Meta-World or
     a graphics library is missing.
     """
-    if sys.version_info >= (3, 14):
-        raise InputError("--collect needs metaworld, which supports Python 3.10 to 3.13; "
-                         "everything else in this file runs on yours")
     known = sorted(load_instructions(DATA / "instructions.json"))
     for task in args.tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3, cutoff=0)
             raise InputError(f"unknown task {task!r}; did you mean {', '.join(near)}?")
+    if args.frames * args.size > 16383:
+        raise InputError(f"--frames {args.frames} of --size {args.size} do not fit into one WebP "
+                         "strip: their product may be 16383 at most")
+    if args.output.is_dir():
+        raise InputError(f"--output {args.output} is a folder; name the file to write")
     jobs = [{"task": task, "expert": args.expert, "mixed": args.mixed, "frames": args.frames,
              "size": args.size, "seed": args.seed} for task in args.tasks or known]
     episodes = []
@@ -289,7 +292,8 @@ class Dataset:
         except FileNotFoundError:
             raise InputError(f"no data set at {path}: make one with --collect "
                              f"--output {path}") from None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as problem:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError,
+                zipfile.BadZipFile) as problem:
             raise InputError(f"{path} is not a data set of this program: {problem}") from None
         self.offsets, self.strips = fields.pop("offsets"), fields.pop("strips")
         for name, values in fields.items():
@@ -322,9 +326,9 @@ class Dataset:
 # same space. The reward of a frame is the cosine between its vector and the instruction's. That
 # is the whole reward model; an objective only decides where the vectors go.
 
-# Ours, not the paper's (which fine-tunes SigLIP2): small enough to train while you watch. With 40
-# sentences to learn from, one text layer, little more than a bag of words, carries over to new
-# sentences better than three, and towers of this size as well as ones three times as costly.
+# Ours, not the paper's (which fine-tunes SigLIP2): small enough to train while you watch. One text
+# layer, little more than a bag of words, carries over to new sentences better than three; towers
+# three times as costly are no better. Its weights in data/ come from `--objective clip`.
 TINY = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 96, "patch_size": 16, "width": 128, "layers": 4,
@@ -357,21 +361,21 @@ class RewardModel(nn.Module):
         self.size = size[0] if isinstance(size, (tuple, list)) else size
         mean = getattr(clip.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
         std = getattr(clip.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         self.low_precision = False  # set by to_device() where the hardware gains from it
 
     def encode(self, tower, inputs: torch.Tensor) -> torch.Tensor:
         """Outputs of a tower as unit vectors, float32, whatever precision the tower ran in."""
         device = self.mean.device.type
-        # On a CPU plain attention trains 1.4 times as fast as the fused kernel for long sequences.
+        # On a CPU plain attention trains faster than the fused kernel, made for longer sequences.
         attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
         with torch.autocast(device, torch.bfloat16, enabled=self.low_precision), attention:
             features = tower(inputs)
         return F.normalize(features.float(), dim=-1)
 
     def embed_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 frames (..., H, W, 3) of any size -> unit vectors (..., D), float32."""
+        """uint8 frames (..., H, W, 3), stretched to the model's size -> (..., D), unit, float32."""
         pixels = frames.reshape(-1, *frames.shape[-3:]).to(self.mean.device)  # still bytes
         pixels = pixels.permute(0, 3, 1, 2).float()  # (N, 3, H, W)
         if pixels.shape[-2:] != (self.size, self.size):
@@ -399,8 +403,8 @@ class RewardModel(nn.Module):
 def build_backbone(name: str, pretrained: str | None) -> RewardModel:
     """Build `tiny` or any open_clip model. `pretrained` is a tag, a checkpoint path or "none".
 
-    None means the default: our own weights for tiny, random ones are never a silent choice.
-    Raises InputError for an unknown model or tag, or when weights cannot be had (offline).
+    Without it tiny gets its own weights, and any other model is refused: random weights are never a
+    silent choice. Raises InputError for an unknown model or tag, or when weights cannot be had.
     """
     if name == "tiny":
         clip, tokenizer = open_clip.CLIP(**TINY), tiny_tokenizer()
@@ -416,7 +420,8 @@ def build_backbone(name: str, pretrained: str | None) -> RewardModel:
                          "(all: python -c 'import open_clip; print(open_clip.list_models())')")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or not (pretrained in ["none", *tags] or Path(pretrained).is_file()):
-        raise InputError(f"--pretrained {pretrained} does not fit {name}: give a checkpoint file, "
+        given = f"has no weights {pretrained!r}" if pretrained else "needs --pretrained"
+        raise InputError(f"{name} {given}: give a checkpoint file, "
                          f"'none' for random weights, or one of {', '.join(tags) or 'no tag'}")
     try:
         clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
@@ -433,6 +438,7 @@ class LoRA(nn.Module):
     """Low-rank adapter of a weight matrix: W + B A, with only A and B trained.
 
     B starts at zero, so training starts at the pretrained model. Source: Hu et al., 2106.09685.
+    Differs: no dropout, and no factor alpha / rank, which the learning rate can stand in for.
     """
 
     def __init__(self, weight: torch.Tensor, rank: int):
@@ -448,12 +454,14 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze the model and put an adapter on every linear layer of both towers.
 
     nn.MultiheadAttention keeps queries, keys and values in one packed matrix, which is no layer
-    of its own: parametrising the weight, rather than wrapping the layer, covers it too.
+    of its own: parametrising the weight, rather than wrapping the layer, covers it too. Patch
+    convolution, embeddings, norms and output projections stay frozen.
     """
     model.requires_grad_(False)
     for module in list(model.modules()):
-        name = {nn.MultiheadAttention: "in_proj_weight"}.get(type(module), "weight")
-        if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+        packed = isinstance(module, nn.MultiheadAttention)
+        if packed or isinstance(module, nn.Linear):
+            name = "in_proj_weight" if packed else "weight"
             weight = getattr(module, name)
             parametrize.register_parametrization(module, name, LoRA(weight, rank).to(weight.device))
 
@@ -467,24 +475,27 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write what was trained: every weight, or with LoRA the adapters alone."""
-    save_file({name: parameter.detach().cpu().contiguous()
-               for name, parameter in model.named_parameters() if parameter.requires_grad}, path)
+    """Write all that is not frozen: with LoRA the adapters and the normalisation alone."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in unfrozen(model).items()}, path)
+
+
+def unfrozen(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of the model without its frozen weights: what a run folder has to remember."""
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    return {name: state for name, state in model.state_dict().items() if name not in frozen}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Read back what save_weights() wrote. Raises InputError if the file does not fit the model."""
     try:
         weights = load_file(path)
-        expected = {name for name, p in model.named_parameters() if p.requires_grad}
-        if set(weights) != expected:
-            odd = sorted(set(weights) ^ expected)
+        if odd := sorted(set(weights) ^ set(unfrozen(model))):
             raise ValueError(f"{len(odd)} weights too many or missing, such as {odd[0]}")
         model.load_state_dict(weights, strict=False)
     except FileNotFoundError:
         raise InputError(f"no weights at {path}") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        reason = str(problem).splitlines()[0]
+        reason = " ".join(str(problem).split())[:200]
         raise InputError(f"{path} does not fit this model: {reason}") from None
 
 
@@ -492,21 +503,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
 # 3. The learning objectives
 #
 # Every objective sees the same batch: B videos of B different tasks, so that no video is another's
-# false negative, and of each video five frames in order of time,
+# false negative (pushed away although its caption fits), and of each five frames in time order,
 #
-#     frames  (B, 5, D)   start < now < next = now + 1 < later < end
-#     texts   (B, D)      the instruction of each video
+#     frames  (B, 5, D)   embeddings of start < now < next = now + 1 < later < end
+#     texts   (B, D)      embedding of the instruction of each video
 #
 # and returns one number. It is free to ignore what it has no use for. Notation: cos(a, b) is the
-# cosine, |a - b| the Euclidean distance, e = 1e-8, g the discount, l the instruction; o0, o, o', og
-# are the frames start, now, next, end. Means are over the batch unless the equation says otherwise.
+# cosine, |a - b| the Euclidean distance, e = 1e-8 (it keeps logarithms finite), l the instruction.
+# The frames start, now, next, end are o0, o, o', og; TCN and R3M call now, next, later s0, s1, s2.
+# Means are over the batch unless the equation says otherwise.
 #
 # The constants in the signatures are the official ones: with them each function returns, value
-# and gradient, what the authors' code returns (the tests compare with data/golden.npz). Where the
+# and gradient, what the authors' code returns (the tests compare with data/golden/). Where the
 # official codes contrast with other videos, they draw random permutations of the batch, which now
 # and then pair a video with itself. Our batches come in random order, so we shift them by 1, 2, 3
-# places: as random, never a false negative, and the loss stays a pure function. Pass `perms` to
-# choose your own.
+# places: as random, never itself, and the loss stays a pure function. `perms...` arguments take
+# your own.
 
 LOG_EPS = math.log(1e-8)
 
@@ -558,7 +570,7 @@ def tcn_loss(frames: torch.Tensor, texts: torch.Tensor, similarity=negative_dist
              temperature: float = 1.0, negatives: int = 3, perms=None) -> torch.Tensor:
     """TCN, time-contrastive: frames close in time are close, far in time far, other videos far.
 
-        S = similarity / temperature;  s0, s1, s2 = now, next, later
+        S = similarity / temperature
         L = 1/2 mean [ -log p(s2 -> s1) - log p(s1 -> s0) ],  where the pair (s2, s1) competes with
         (s2, s0) and s2 of other videos, the pair (s1, s0) with (s2, s0) and s0 of other videos
 
@@ -594,8 +606,8 @@ def r3m_loss(frames: torch.Tensor, texts: torch.Tensor, head=None, temperature: 
         competes with G(o0, neg, l) and, under the SAME sentence, pos of other videos;
         (pos, neg) = (end, start), (s1, s0), (s2, s1)
 
-    A later frame wins against an earlier one, the right video against the wrong one: both of what
-    a reward must tell apart. With unit vectors and no temperature the softmax is nearly flat.
+    A later frame wins against an earlier one, the right video against the wrong one: a reward must
+    tell both. With unit vectors and no temperature the softmax is nearly flat: small gradients.
     Source: Nair et al., 2203.12601, r3m/trainer.py. Differs: the official head is an MLP over
     frozen DistilBERT; here G = cos(o, l) / temperature, since the cosine is the reward that is
     tested (pass `head(start, frame, text) -> (B,)` for another). A text of zeros = no caption.
@@ -617,21 +629,22 @@ def r3m_loss(frames: torch.Tensor, texts: torch.Tensor, head=None, temperature: 
 
 
 def value_loss(value, start, now, next, goal, gamma: float, perms: torch.Tensor) -> torch.Tensor:
-    """Dual of goal-conditioned RL, the core of VIP and LIV, for any value function V(o; g).
+    """The core of VIP and LIV: learn a value V(o; goal) = -(steps to the goal) from videos alone.
 
-        L = (1 - g) mean -V(o0; og) + log(e + mean exp(1 + V(o; og) - g V(o'; og)))
+        L = (1 - gamma) mean -V(o0; og) + log(e + mean exp(1 + V(o; og) - gamma V(o'; og)))
             [ + the same second term over other videos' (o, o') under this goal ]
 
-    The first term pulls the start towards the goal; the second punishes steps that fail to raise V
-    by as much as one step costs (reward -1). Frames (B, D), perms (m, B).
+    The dual form of goal-conditioned RL in which each step costs 1: the first term pulls the start
+    towards the goal, the second punishes steps that do not raise V by what a step costs. Frames
+    (B, D), perms (m, B).
     """
-    def log_mean_exp(now, next):
+    def step_penalty(now, next):
         residual = 1 + value(now, goal) - gamma * value(next, goal)
         log_mean = torch.logsumexp(residual.flatten(), dim=0) - math.log(residual.numel())
         return torch.logaddexp(log_mean, log_mean.new_tensor(LOG_EPS))
 
-    loss = (1 - gamma) * -value(start, goal).mean() + log_mean_exp(now, next)
-    return loss + log_mean_exp(now[perms], next[perms]) if len(perms) else loss
+    loss = (1 - gamma) * -value(start, goal).mean() + step_penalty(now, next)
+    return loss + step_penalty(now[perms], next[perms]) if len(perms) else loss
 
 
 def vip_loss(frames: torch.Tensor, texts: torch.Tensor, gamma: float = 0.98, negatives: int = 3,
@@ -642,7 +655,7 @@ def vip_loss(frames: torch.Tensor, texts: torch.Tensor, gamma: float = 0.98, neg
 
     Ignores the instruction: its own reward needs an image of the goal. Each log can be lowered by
     driving intermediate frames away from the goal, down to log e: watch the norms. With unit
-    vectors V lies in [-2, 0] and cannot count the up to 1/(1 - g) = 50 steps it is meant to.
+    vectors V lies in [-2, 0] and cannot count the up to 1/(1 - gamma) = 50 steps it is meant to.
     Source: Ma et al., 2210.00030, vip/trainer.py and the released Ego4D constants. Differs: the
     goal is the end of the episode rather than of a random part of it. perms: (negatives, B).
     """
@@ -658,14 +671,14 @@ def liv_loss(frames: torch.Tensor, texts: torch.Tensor, similarity=cosine, gamma
              perms_vision=None, perms_language=None) -> torch.Tensor:
     """LIV: VIP in the space of CLIP, so that the instruction can stand where the goal image stood.
 
-        V(o; og) = S(o, og) / (1 - g), S = cos;
+        V(o; og) = S(o, og) / (1 - gamma), S = cos;
         L = w_clip CLIP(end frame, l) + w_vision value_loss(V; goal og) + w_lang value_loss(V; l)
 
-    The division lets a cosine in [-1, 1] count 1/(1 - g) = 50 steps. The CLIP term has logit scale
-    1: on cosines it is nearly flat, at best log(1 + (B - 1) exp(-2)).
+    The division lets a cosine in [-1, 1] count 1/(1 - gamma) = 50 steps. The CLIP term has logit
+    scale 1: on cosines it is nearly flat, at best log(1 + (B - 1) exp(-2)).
     Source: Ma et al., 2306.00958, liv/trainer.py with the constants of its finetune.yaml (where
-    w_lang = 0 and negatives = 0). Differs: nothing; the frame that meets the caption is the last of
-    `frames`, as in its fine-tuning. perms: (negatives, B).
+    w_lang = 0 and negatives = 0), where the frame that meets the caption is the end: the last of
+    `frames`, a sixth if there is one. Differs: only in the batch. perms_...: (negatives, B).
     """
     start, now, next, _, goal = frames[:, :5].unbind(1)
     perms_vision = shifts(negatives, len(frames)) if perms_vision is None else perms_vision
@@ -685,8 +698,8 @@ def triplet_loss(frames: torch.Tensor, texts: torch.Tensor, margin: float = 0.1)
 
         L = mean over pairs early < late of max(0, margin - cos(late, l) + cos(early, l))
 
-    Anchor: the instruction; positive: the later frame; negative: the earlier one. It states what
-    both metrics ask, and nothing else: no other video, no other sentence ever enters.
+    Anchor: the instruction; positive: the later frame; negative: the earlier one. A reward that
+    rises with time, and nothing else: no other video, no other sentence ever enters.
     Source: the baseline of 2512.20675, whose exact form we have not seen; this, with all ten pairs
     of the five frames and this margin, is ours.
     """
@@ -725,12 +738,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def gains_from_bfloat16(device: torch.device) -> bool:
-    """Whether this hardware multiplies bfloat16 matrices faster than float32 ones."""
+def to_device(model: RewardModel, device: torch.device) -> RewardModel:
+    """Move the model to the device; multiply in bfloat16 where that is faster there."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: stay in float32
-    return device.type == "cpu" and capabilities.get("avx512_bf16", False)
+        model.low_precision = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: float32
+        model.low_precision = capabilities.get("avx512_bf16", False)
+    return model.to(device)
 
 
 def sample_batch(data: Dataset, episodes: dict[str, np.ndarray], rng, batch: int):
@@ -773,7 +788,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
     schedule = torch.optim.lr_scheduler.LambdaLR(  # up in a line, down along a cosine
         optimizer, lambda step: min((step + 1) / warmup,
                                     0.5 + 0.5 * math.cos(math.pi * step / steps)))
-    log = []
+    log, latest = [], "?"
     model.train()
     with tqdm(range(1, steps + 1), desc="training", unit="step", dynamic_ncols=True) as bar:
         for step in bar:
@@ -791,11 +806,10 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
             schedule.step()
             log.append({"step": step, "loss": loss.item()})
             if step % max(1, steps // 5) == 0 or step == steps:
-                log[-1]["validation_voc"] = validation_voc(model, data, sentences)
+                log[-1]["validation_voc"] = voc = validation_voc(model, data, sentences)
+                latest = f"{voc:.2f}"
                 model.train()
-            latest = [entry["validation_voc"] for entry in log if "validation_voc" in entry]
-            bar.set_postfix(loss=f"{log[-1]['loss']:.3f}",
-                            validation_voc=f"{latest[-1]:.2f}" if latest else "?")
+            bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", validation_voc=latest)
     return log
 
 
@@ -806,9 +820,9 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
 # in which the simulator's reward puts them (ranking accuracy)? And some more, to see what a model
 # that does well on these has in truth learnt: does it read the instruction?
 #
-# Values are (E, T): the model's reward of T frames of each of E episodes. Every metric is a ratio
-# of sums over episodes, so a bootstrap over episodes needs no second pass over the frames: draw
-# how often each episode counts, and weigh the sums.
+# Values are (E, T): the model's reward of T frames of each of E episodes. Every metric comes from
+# sums over episodes, so a bootstrap over episodes needs no second pass over the frames: draw how
+# often each episode counts, R times, and weigh the sums.
 
 
 def value_order_correlation(values: np.ndarray) -> np.ndarray:
@@ -819,37 +833,33 @@ def value_order_correlation(values: np.ndarray) -> np.ndarray:
     Source: GVL, 2411.04549, and OpenGVL's code for constants.
     """
     ranks = scipy.stats.rankdata(values, axis=-1)
-    time = np.arange(values.shape[-1]) - (values.shape[-1] - 1) / 2
+    centred_time = np.arange(values.shape[-1]) - (values.shape[-1] - 1) / 2
     ranks = ranks - ranks.mean(-1, keepdims=True)
-    norm = np.sqrt((ranks**2).sum(-1) * (time**2).sum())
-    return np.divide(ranks @ time, norm, out=np.zeros(len(ranks)), where=norm > 0)
+    norm = np.sqrt((ranks**2).sum(-1) * (centred_time**2).sum())
+    return np.divide(ranks @ centred_time, norm, out=np.zeros(len(ranks)), where=norm > 0)
 
 
 def pair_counts(values: np.ndarray, rewards: np.ndarray, threshold: float = 0.1):
     """Count the frame pairs that the values order as the rewards do.
 
-    values, rewards (E, T). Returns correct and total, both (E, E): entry (i, j) is about pairs of
-    one frame of episode i and one of episode j whose rewards differ by more than the threshold (of
-    Meta-World's 10; ours); equal values count half. The diagonal is pairs within an episode. Pairs
-    are ordered, so everything is counted twice, which no ratio notices.
+    values, rewards (E, T). Returns correct and total, both (E, E): entry (i, j) is about pairs of a
+    frame of episode i that is better by more than the threshold (0.1 on Meta-World's scale of 0 to
+    10, our choice) than a frame of episode j; equal values count half. The diagonal is the pairs
+    within an episode.
     """
     v, r = values.reshape(-1), rewards.reshape(-1)  # (E * T,)
     better = r[:, None] - r > threshold
     correct = better * ((v[:, None] > v) + 0.5 * (v[:, None] == v))
     E, T = values.shape
-
-    def sum_blocks(pairs):
-        blocks = pairs.reshape(E, T, E, T).sum((1, 3), dtype=float)
-        return blocks + blocks.T
-
-    return sum_blocks(correct), sum_blocks(better)
+    return [pairs.reshape(E, T, E, T).sum((1, 3), dtype=float) for pairs in (correct, better)]
 
 
 def epic_distance(weights: np.ndarray, values: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    """EPIC on values used as state rewards: sqrt(1/2 (1 - Pearson)), in [0, 1], 0 is best.
+    """EPIC, how far two rewards are from equal up to scale and offset: sqrt(1/2 (1 - Pearson)).
 
-    weights (R, E) count the episodes of values, rewards (E, T). Returns (R,). For rewards of the
-    next state alone, EPIC's canonical form only subtracts a constant, which Pearson ignores.
+    In [0, 1], 0 is best. weights (R, E) count the episodes of values, rewards (E, T). Returns
+    (R,). For rewards of the next state alone, EPIC's canonical form only subtracts a constant,
+    which Pearson ignores.
     Source: Gleave et al., 2006.13900, with the 1/2 of its code. A constant counts Pearson 0.
     """
     # Pearson from sums over each episode's frames: n, sum v, sum r, sum v^2, sum r^2, sum vr.
@@ -886,22 +896,23 @@ def weighted_ratio(weights: np.ndarray, correct: np.ndarray, total: np.ndarray) 
 
 @torch.inference_mode()
 def embed_episodes(model: RewardModel, data: Dataset, episodes, every: int = 1) -> torch.Tensor:
-    """Embeddings of every n-th frame of the episodes: (E, T / every, D), float32, on the CPU."""
+    """Embeddings of every n-th frame of the episodes: (E, ceil(T / every), D), on the CPU."""
     model.eval()
     return torch.cat([
         model.embed_frames(torch.from_numpy(
             np.stack([data.frames(e)[::every] for e in episodes[i:i + 10]]))).cpu()
         for i in tqdm(range(0, len(episodes), 10), desc="evaluating", unit="batch", leave=False,
+                      # no second bar while training; None: none where there is no terminal
                       disable=True if every > 1 else None, dynamic_ncols=True)])
 
 
 @torch.inference_mode()
 def validation_voc(model: RewardModel, data: Dataset, sentences: dict) -> float:
-    """VOC on every third frame of the validation experts: quick, and never the test set."""
+    """VOC on every third frame of the validation experts: only to watch, nothing depends on it."""
     episodes = data.select(split="validation", source="expert")
     if len(episodes) == 0:
         return math.nan
-    frames = embed_episodes(model, data, episodes, every=3)  # (E, T / 3, D)
+    frames = embed_episodes(model, data, episodes, every=3)  # (E, ceil(T / 3), D)
     texts = model.embed_texts([sentences[task]["instruction"] for task in data.task[episodes]])
     values = torch.einsum("etd,ed->et", frames, texts.cpu())
     return float(value_order_correlation(values.numpy()).mean())
@@ -930,7 +941,7 @@ def score_episodes(model: RewardModel, data: Dataset, sentences: dict, test: np.
     voc_paraphrase = np.mean([value_order_correlation(rewards_under(paraphrases[3 * own + k]))
                               for k in range(3)], axis=0)
     voc_opposite = value_order_correlation(rewards_under(texts[other]))
-    last = (frames[:, -1] @ texts.T).numpy()  # (E, 50): which instruction does the end look like?
+    last = (frames[:, -1] @ texts.T).numpy()  # (E, tasks): whose end does it look like?
     rank = (last >= last[np.arange(len(test)), own][:, None]).sum(1)  # 1 = the right one, alone
     expert = (data.source[test] == "expert").astype(float)
     return values, {
@@ -992,7 +1003,7 @@ def average_over_tasks(rows: dict) -> dict:
             if chosen:
                 means = np.nanmean(chosen, axis=0)
                 report[group][metric] = {"value": means[0], "tasks": len(chosen),
-                                         "interval": np.quantile(means[1:], [0.025, 0.975])}
+                                         "interval": np.nanquantile(means[1:], [0.025, 0.975])}
     return report
 
 
@@ -1034,18 +1045,16 @@ def format_report(report: dict) -> str:
 
 
 def choose_episodes(data: Dataset, test: np.ndarray) -> list[int]:
-    """Positions in `test` of up to four episodes to draw: seen and unseen, expert and failed.
+    """Positions in `test` of up to four episodes: seen and unseen task, expert and failed attempt.
 
-    The choice looks at the data alone, never at a model: the pictures of two runs can be compared,
-    and none is flattered.
+    The choice looks at the data alone: no model is flattered, and two runs show the same episodes.
     """
     chosen = []
     unseen = np.isin(data.task[test], UNSEEN_TASKS)
     expert = data.source[test] == "expert"
     failed = ~expert & ~data.success[test].any(1) & (np.ptp(data.rewards[test], axis=1) > 1)
     for kind in (~unseen & expert, unseen & expert, ~unseen & failed, unseen & failed):
-        candidates = np.flatnonzero(kind)
-        if len(candidates):
+        if len(candidates := np.flatnonzero(kind)):
             chosen.append(candidates[len(candidates) // 2])
     return chosen
 
@@ -1054,7 +1063,7 @@ def draw_curves(report: dict, data: Dataset, sentences: dict, title: str, path: 
     """Film strips of a few test episodes; beneath each the model's reward and the simulator's."""
     from matplotlib.figure import Figure  # without pyplot there is no window to open by mistake
 
-    positions = choose_episodes(data, report["episodes"])
+    positions = choose_episodes(data, report["episodes"]) or [0]
     figure = Figure(figsize=(14, 3.7 * math.ceil(len(positions) / 2) + 0.5))
     figure.suptitle(title, x=0.04, y=0.985, ha="left", fontsize=15, fontweight="bold")
     grid = figure.add_gridspec(math.ceil(len(positions) / 2), 2, hspace=0.3, wspace=0.09,
@@ -1114,23 +1123,13 @@ def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
     return to_device(model, pick_device(device)).eval()
 
 
-def to_device(model: RewardModel, device: torch.device) -> RewardModel:
-    """Move the model to the device; multiply in bfloat16 where that is faster there."""
-    model.low_precision = gains_from_bfloat16(device)
-    return model.to(device)
-
-
-def new_run_folder(root: Path, name: str | None, objective: str, seed: int) -> Path:
-    """Make runs/<name>. Without a name: objective and seed, and a number if that is taken."""
-    if name:
-        folder = root / name
-        if folder.exists():
-            raise InputError(f"{folder} exists: choose another --name, or remove it")
-    else:
-        folder, n = root / f"{objective}-seed{seed}", 2
-        while folder.exists():
-            folder, n = root / f"{objective}-seed{seed}-{n}", n + 1
-    folder.mkdir(parents=True)
+def run_folder(root: Path, name: str | None, objective: str, seed: int) -> Path:
+    """runs/<name>; without a name objective and seed, and a number if that is taken."""
+    if name and (root / name).exists():
+        raise InputError(f"{root / name} exists: choose another --name, or remove it")
+    folder, n = root / (name or f"{objective}-seed{seed}"), 2
+    while folder.exists():
+        folder, n = root / f"{objective}-seed{seed}-{n}", n + 1
     return folder
 
 
@@ -1140,9 +1139,16 @@ def run(args: argparse.Namespace) -> None:
     sentences = load_instructions(DATA / "instructions.json")
     data = Dataset(args.data)
     if strangers := set(data.task) - set(sentences):
-        raise InputError(f"{args.data} has tasks without an instruction: {sorted(strangers)}")
+        raise InputError(f"{args.data} has tasks without an instruction: "
+                         + ", ".join(sorted(strangers)))
+    if not len(data.select(split="test")):
+        raise InputError(f"{args.data} has no test episodes: collect 4 experts per task or more")
+    folder = run_folder(args.runs, args.name, args.objective, args.seed)
     torch.manual_seed(args.seed)  # decides the adapters' start, and random backbones
     model = build_backbone(args.backbone, args.pretrained)
+    if args.lora and args.pretrained == "none":
+        raise InputError("--lora adapts pretrained weights, and --pretrained none has none; a run "
+                         "stores the adapters alone")
     if args.lora:
         add_lora(model, args.lora)
     to_device(model, device)
@@ -1155,7 +1161,7 @@ def run(args: argparse.Namespace) -> None:
         log = train(model, data, sentences, OBJECTIVES[args.objective], steps=args.steps,
                     batch=args.batch, learning_rate=args.learning_rate, seed=args.seed)
     report = evaluate(model, data, sentences)
-    folder = new_run_folder(args.runs, args.name, args.objective, args.seed)
+    folder.mkdir(parents=True)
     save_weights(model, folder / "model.safetensors")
     draw_curves(report, data, sentences, f"{args.objective}: rewards of test episodes over time",
                 folder / "curves.png")
@@ -1190,6 +1196,12 @@ def at_least(minimum: int):
     return whole_number
 
 
+def positive(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train and test vision-language reward models on Meta-World, one learning "
@@ -1201,20 +1213,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--seed", type=at_least(0), default=0, help="of training or collection")
     model = parser.add_argument_group("backbone")
     model.add_argument("--backbone", default="tiny", help="tiny, or any model of open_clip")
-    model.add_argument("--pretrained", help="open_clip tag, checkpoint file, or none for random "
-                       "weights (tiny: the weights in data/)")
+    model.add_argument("--pretrained", help="open_clip tag, checkpoint file, or 'none' for random "
+                       "weights; not given, tiny takes its own from data/")
     model.add_argument("--lora", type=at_least(0), default=0, metavar="RANK",
                        help="train low-rank adapters of this rank; 0 trains every weight")
     training = parser.add_argument_group("training")
     training.add_argument("--data", type=Path, default=DATA / "metaworld.npz", help="data set")
     training.add_argument("--steps", type=at_least(1), default=200, help="optimiser steps")
     training.add_argument("--batch", type=at_least(1), default=40, help="videos, 5 frames each")
-    training.add_argument("--learning-rate", type=float, default=2e-3, help="peak, AdamW")
+    training.add_argument("--learning-rate", type=positive, default=2e-3, help="peak, AdamW")
     training.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
                           help="auto takes the first there is")
     training.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     training.add_argument("--name", help="of the run's own folder (objective and seed)")
-    collection = parser.add_argument_group("collection")
+    collection = parser.add_argument_group("collection (with --collect)")
     collection.add_argument("--tasks", nargs="+", default=[], metavar="TASK",
                             help="such as drawer-open-v3; none means all 50")
     collection.add_argument("--expert", type=at_least(1), default=14, help="experts per task")
