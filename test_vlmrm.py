@@ -799,6 +799,9 @@ def test_help():
     (["--data", "README.md"], "not a data set"),
     (["--collect", "--tasks", "drawer-opn-v3", "--output", "x.npz"], "drawer-open-v3"),
     (["--batch", "41"], "--batch 41"),
+    (["--lora", "2", "--pretrained", "none"], "adapts pretrained weights"),
+    (["--name", "data", "--runs", "."], "data exists"),
+    (["--collect", "--frames", "200"], "16383"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, says, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(HERE)
@@ -808,7 +811,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, says, capsys, monkeypa
     assert error[-1].startswith("vlmrm: ") and says in error[-1]
 
 
-@pytest.mark.parametrize("arguments", [["--objective", "best"], ["--steps", "0"], ["--seed", "x"]])
+@pytest.mark.parametrize("arguments", [
+    ["--objective", "best"], ["--steps", "0"], ["--seed", "x"], ["--learning-rate", "-1"]])
 def test_argparse_refuses(arguments):
     with pytest.raises(SystemExit, match="2"):
         vlmrm.parse_arguments(arguments)
@@ -837,7 +841,7 @@ def saved(run):
 def cell(runs, group, metric):
     values = [run[group][metric]["value"] for run in runs]
     if len(values) == 1:
-        return f"{values[0]:.2f}"
+        return f"{round(values[0], 2) + 0:.2f}"  # + 0 turns -0.0 into 0.0
     low, high = runs[0][group][metric]["interval"]
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} [{low:.2f}, {high:.2f}]"
 
