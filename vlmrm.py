@@ -761,15 +761,15 @@ def sample_batch(data: Dataset, episodes: dict[str, np.ndarray], rng, batch: int
     last fifth of the episode (as in R3M), the other three from between; all five are different.
     """
     tasks = rng.choice(list(episodes), size=batch, replace=False)
-    frames = np.empty((batch, 5, *data.frames(0).shape[1:]), np.uint8)
-    fifth = max(data.T // 5, 1)
-    for b, task in enumerate(tasks):
+    frames, fifth = [], max(data.T // 5, 1)
+    for task in tasks:
         start = rng.integers(0, fifth)
         end = rng.integers(data.T - fifth, data.T)
         now = rng.integers(start + 1, end - 2)
         later = rng.integers(now + 2, end)
-        frames[b] = data.frames(rng.choice(episodes[task]))[[start, now, now + 1, later, end]]
-    return frames, tasks
+        episode = data.frames(rng.choice(episodes[task]))  # (T, S, S, 3)
+        frames.append(episode[[start, now, now + 1, later, end]])
+    return np.stack(frames), tasks
 
 
 def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, steps: int,
@@ -1148,12 +1148,12 @@ def run(args: argparse.Namespace) -> None:
                          + ", ".join(sorted(strangers)))
     if not len(data.select(split="test")):
         raise InputError(f"{args.data} has no test episodes: collect 4 experts per task or more")
-    folder = run_folder(args.runs, args.name, args.objective, args.seed)
-    torch.manual_seed(args.seed)  # decides the adapters' start, and random backbones
-    model = build_backbone(args.backbone, args.pretrained)
     if args.lora and args.pretrained == "none":
         raise InputError("--lora adapts pretrained weights, and --pretrained none has none; a run "
                          "stores the adapters alone")
+    folder = run_folder(args.runs, args.name, args.objective, args.seed)
+    torch.manual_seed(args.seed)  # decides the adapters' start, and random backbones
+    model = build_backbone(args.backbone, args.pretrained)
     if args.lora:
         add_lora(model, args.lora)
     to_device(model, device)
