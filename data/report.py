@@ -1,0 +1,504 @@
+"""The pictures of a run and of the study, and the study's table. Draws what vlmrm.py has computed.
+
+    python data/report.py       draw the figures of data/results/ again, fill the README's tables
+
+vlmrm.py calls draw_curves() for each run, comparison_table() and draw_all() for the study.
+"""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure  # without pyplot: no window opens by mistake
+from matplotlib.patches import FancyArrowPatch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import vlmrm  # noqa: E402  (it lies one folder up)
+
+SEEN, UNSEEN, GREY = "#30638e", "#c8384e", "0.55"
+
+
+def choose_episodes(data: vlmrm.Dataset, test: np.ndarray) -> list[int]:
+    """Positions in `test` of up to four episodes: seen and unseen task, expert and failed attempt.
+
+    The choice looks at the data alone: no model is flattered, and two runs show the same episodes.
+    """
+    chosen = []
+    unseen = np.isin(data.task[test], vlmrm.UNSEEN_TASKS)
+    expert = data.source[test] == "expert"
+    failed = ~expert & ~data.success[test].any(1) & (np.ptp(data.rewards[test], axis=1) > 1)
+    for kind in (~unseen & expert, unseen & expert, ~unseen & failed, unseen & failed):
+        if len(candidates := np.flatnonzero(kind)):
+            chosen.append(candidates[len(candidates) // 2])
+    return chosen
+
+
+def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, path: Path) -> None:
+    """Film strips of a few test episodes; beneath each the model's reward and the simulator's."""
+    positions = choose_episodes(data, report["episodes"]) or [0]
+    figure = Figure(figsize=(14, 3.7 * math.ceil(len(positions) / 2) + 0.5))
+    figure.suptitle(title, x=0.04, y=0.985, ha="left", fontsize=15, fontweight="bold")
+    grid = figure.add_gridspec(math.ceil(len(positions) / 2), 2, hspace=0.3, wspace=0.09,
+                               left=0.04, right=0.985, top=0.89, bottom=0.06)
+    for panel, position in enumerate(positions):
+        episode, values = report["episodes"][position], report["values"][""][position]
+        task, steps, rewards = data.task[episode], data.steps[episode], data.rewards[episode]
+        rows = grid[panel // 2, panel % 2].subgridspec(
+            3, 1, height_ratios=[1, 1.5, 0.9], hspace=0.1)
+        strip, curve, truth = (figure.add_subplot(row) for row in rows)
+        shown = data.frames(episode)[np.linspace(0, data.T - 1, 8).round().astype(int)]
+        framed = np.pad(shown, ((0, 0), (0, 0), (1, 1), (0, 0)), constant_values=255)
+        strip.imshow(np.concatenate(list(framed), axis=1), aspect="auto")
+        strip.set_axis_off()
+        expert = data.source[episode] == "expert"
+        strip.set_title(f"“{sentences[task]['instruction']}”", loc="left", fontweight="bold")
+        strip.set_title(("expert" if expert else "failed attempt") + (
+            ", task never trained on" if task in vlmrm.UNSEEN_TASKS else ""),
+            loc="right", fontsize=10)
+        correct, total = vlmrm.pair_counts(values[None], rewards[None])
+        merit = (f"VOC {vlmrm.value_order_correlation(values[None])[0]:.2f}" if expert else
+                 f"ranking accuracy {correct[0, 0] / total[0, 0]:.2f}")
+        for axis, y, color, label in (
+                (curve, values, "#c8384e", f"model: cos(frame, sentence), {merit}"),
+                (truth, rewards, "#30638e", "simulator's reward")):
+            axis.fill_between(steps, min(y.min(), 0), y, color=color, alpha=0.13, lw=0)
+            axis.plot(steps, y, color=color, lw=2, marker="o", ms=3)
+            axis.text(0.01, 0.97, label, va="top", transform=axis.transAxes, color=color)
+            axis.set_xlim(steps[0], steps[-1])
+            axis.set_ylim(min(y.min(), 0), y.max() + 0.35 * (y.max() - min(y.min(), 0)))
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8, colors="0.35")
+        curve.set_xticklabels([])
+        truth.set_xlabel("simulator step", fontsize=8.5, color="0.35", labelpad=1)
+        truth.set_ylim(0, 14)
+        truth.set_yticks([0, 10])
+    figure.savefig(path, dpi=110)
+
+
+def comparison_cell(runs: list[dict], group: str, metric: str) -> str:
+    """Mean ± std over seeds, and the mean over seeds of the 95 % intervals over episodes."""
+    found = [run[group][metric] for run in runs if metric in run[group]]
+    if not found:
+        return ""
+    values = [entry["value"] for entry in found]
+    low, high = np.mean([entry["interval"] for entry in found], axis=0)
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread} [{low:.2f}, {high:.2f}]".replace("-0.00", "0.00")
+
+
+def against_triplet(runs, shown, group: str, metric: str):
+    """Each objective minus triplet, task by task: {objective: (tasks,)}, and corrected p-values."""
+    some = next(iter(runs.values()))[0]["tasks"]
+    tasks = sorted(task for task in some if metric in some[task]
+                   and (task in vlmrm.UNSEEN_TASKS) == (group == "unseen"))
+    scores = {name: np.mean([[run["tasks"][task][metric] for task in tasks]
+                             for run in runs[name, setting]], axis=0)
+              for name, setting in shown.items()}
+    return ({name: values - scores["triplet"] for name, values in scores.items()},
+            vlmrm.paired_p_values(scores, "triplet"))
+
+
+def comparison_table(runs, shown) -> str:
+    """The study's table, in Markdown, by VOC on unseen tasks.
+
+    ↓ and ↑: worse and better than triplet over the tasks of that column (p < .05).
+    Bold: what beats triplet, and triplet where it beats every peer.
+    """
+    columns = [(metric, group) for metric in ("voc", "ranking_accuracy_within")
+               for group in ("seen", "unseen")]
+    marks = {}
+    for metric, group in columns:
+        differences, p = against_triplet(runs, shown, group, metric)
+        for name in p:
+            sign = "↓" if differences[name].mean() < 0 else "↑"
+            marks[name, metric, group] = sign if p[name] < 0.05 else ""
+        if all(marks[name, metric, group] == "↓" for name in p if name not in vlmrm.ORACLES):
+            marks["triplet", metric, group] = "↑"
+    titles = ["objective", "VOC, seen", "VOC, unseen", "ranking, seen", "ranking, unseen",
+              "own reward: VOC, unseen", "official constants: VOC, seen", "VOC, unseen", "frames/s"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for name, setting in shown.items():
+        cells = [f"`{label(name)}`".replace(" (", "` (").replace(")`", ")")]
+        for metric, group in columns:
+            mark = marks.get((name, metric, group), "")
+            cell = comparison_cell(runs[name, setting], group, metric)
+            cells.append(f"**{cell}**" if mark == "↑" else f"{cell} {mark}".strip())
+        cells.append(comparison_cell(runs[name, setting], "unseen", "own_voc"))
+        official = runs[name, "faithful"] if setting == "tuned" else []
+        cells += [comparison_cell(official, group, "voc") for group in ("seen", "unseen")]
+        speeds = [run["frames_per_second"] for run in runs[name, setting]
+                  if run["frames_per_second"]]
+        cells.append(f"{np.median(speeds):.0f}" if speeds else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def metrics_table(runs, shown) -> str:
+    """Every metric, before training and after training with triplet."""
+    columns = [(runs[name, shown[name]], group) for group in ("seen", "unseen")
+               for name in ("zeroshot", "triplet")]
+    lines = ["| | seen tasks: before | triplet | unseen tasks: before | triplet |",
+             "|" + " --- |" * 5]
+    for metric, (text, _) in vlmrm.METRICS.items():
+        if not metric.startswith("own_"):
+            cells = [comparison_cell(some, group, metric) for some, group in columns]
+            lines.append("| " + " | ".join([text, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def headline_table(runs, shown) -> str:
+    """By how much does triplet beat the others on unseen tasks, and how surely?"""
+    lines = ["| triplet minus | VOC | p | tasks won | ranking accuracy | p | tasks won |",
+             "|" + " --- |" * 7]
+    rng = np.random.default_rng(0)
+    columns = [against_triplet(runs, shown, "unseen", metric)
+               for metric in ("voc", "ranking_accuracy_within")]
+    for name in shown:
+        cells = [f"`{name}`"]
+        for differences, p in columns:
+            gain = -differences[name]  # (tasks,)
+            draws = rng.choice(gain, size=(10_000, len(gain))).mean(axis=1)
+            low, high = np.quantile(draws, [0.025, 0.975])
+            cells += [f"{gain.mean():+.2f} [{low:+.2f}, {high:+.2f}]", f"{p.get(name, 1):.3f}",
+                      f"{(gain > 0).sum()} of {len(gain)}"]
+        if name != "triplet":
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def load(root: Path):
+    """The runs of the study, {(objective, setting): [run of each seed]}; the setting to show of
+    each objective, by VOC on unseen tasks; and the rewards of the first seed."""
+    runs = {}
+    for result in json.loads((root / "results.json").read_text(encoding="utf-8")):
+        runs.setdefault((result["objective"], result["config"]["setting"]), []).append(result)
+    shown = {name: "tuned" if (name, "tuned") in runs else "faithful" for name, _ in runs}
+    order = sorted(shown, key=lambda name: -mean(runs[name, shown[name]], "unseen", "voc"))
+    rewards = {tuple(key.rsplit("/", 1)): array
+               for key, array in np.load(root / "rewards.npz").items()}
+    first = {name: f"{name}-{shown[name]}-seed{runs[name, shown[name]][0]['config']['seed']}"
+             for name in order}
+    return runs, {name: shown[name] for name in order}, {
+        name: {field: array for (run, field), array in rewards.items() if run == first[name]}
+        for name in order}
+
+
+def mean(runs: list[dict], group: str, metric: str) -> float:
+    return float(np.mean([run[group][metric]["value"] for run in runs]))
+
+
+def label(name: str) -> str:
+    return name + (" (no language)" if name in vlmrm.LANGUAGE_FREE else
+                   " (oracle)" if name in vlmrm.ORACLES else "")
+
+
+def draw_comparison(runs, shown, path: Path) -> None:
+    """VOC, ranking accuracy and speed of every objective, seen and unseen tasks."""
+    figure = Figure(figsize=(13, 0.36 * len(shown) + 1.5), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=[4, 4, 1.6])
+    rows = np.arange(len(shown))[::-1]
+    for axis, metric, title, chance in (
+            (axes[0], "voc", "VOC: does the reward rise while an expert works?", 0),
+            (axes[1], "ranking_accuracy_within",
+             "ranking accuracy: does it order frames as the simulator does?", 0.5)):
+        axis.axvline(chance, color="0.8", lw=1)
+        for row, (name, setting) in zip(rows, shown.items()):
+            for group, color, offset in (("seen", SEEN, 0.13), ("unseen", UNSEEN, -0.13)):
+                found = [run[group][metric] for run in runs[name, setting]]
+                low, high = np.mean([entry["interval"] for entry in found], axis=0)
+                axis.plot([low, high], [row + offset] * 2, color=color, lw=2.2, alpha=0.45)
+                axis.plot([entry["value"] for entry in found], [row + offset] * len(found), "|",
+                          color=color, ms=6)
+                axis.plot(mean(runs[name, setting], group, metric), row + offset, "o", color=color,
+                          ms=6, label=f"{group} tasks" if row == rows[0] else None)
+                if setting == "tuned" and (name, "faithful") in runs:
+                    axis.plot(mean(runs[name, "faithful"], group, metric), row + offset, "x",
+                              color=color, ms=5, alpha=0.6)
+                if f"own_{metric}" in runs[name, setting][0][group]:
+                    axis.plot(mean(runs[name, setting], group, f"own_{metric}"), row + offset, "D",
+                              color=color, ms=5, mfc="white")
+        axis.set_title(title, loc="left", fontsize=10.5)
+    axes[0].plot([], [], "x", color=GREY, ms=5, label="official constants")
+    axes[0].plot([], [], "D", color=GREY, ms=5, mfc="white", label="own reward")
+    axes[0].legend(loc="lower right", frameon=False, fontsize=9)
+    axes[0].set_yticks(rows, [label(name) for name in shown])
+    for row, (name, setting) in zip(rows, shown.items()):
+        if speeds := [run["frames_per_second"] for run in runs[name, setting]
+                      if run["frames_per_second"]]:
+            axes[2].barh(row, np.median(speeds), color="0.8", height=0.6)
+    axes[2].set_title("training, frames/s", loc="left", fontsize=10.5)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.93")
+        axis.set_axisbelow(True)
+    seeds = max(map(len, runs.values()))
+    figure.supxlabel(f"dot: mean of {seeds} seeds (ticks); bar: 95 % interval over test episodes",
+                     fontsize=9, color="0.4")
+    figure.savefig(path, dpi=110)
+
+
+def draw_episode(shown, rewards, data, path: Path) -> None:
+    """One expert at an unseen task, and the reward over time under every objective."""
+    test = next(iter(rewards.values()))["episodes"]
+    position = choose_episodes(data, test)[1]  # an expert at an unseen task
+    task, steps = data.task[test[position]], data.steps[test[position]]
+    columns = 6
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(14, 2.2 + 1.75 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.15] + [1] * rows)
+    strip = figure.add_subplot(grid[0, :])
+    frames = data.frames(test[position])[np.linspace(0, data.T - 1, 10).round().astype(int)]
+    strip.imshow(np.concatenate(list(np.pad(
+        frames, ((0, 0), (0, 0), (1, 1), (0, 0)), constant_values=255)), axis=1))
+    strip.set_axis_off()
+    sentence = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")[task]["instruction"]
+    strip.set_title(f"“{sentence}”: an expert at a task never trained on", loc="left",
+                    fontweight="bold")
+    for k, name in enumerate(shown):
+        axis = figure.add_subplot(grid[1 + k // columns, k % columns])
+        values = rewards[name]["values"][position].astype(float)
+        voc = vlmrm.value_order_correlation(values[None])[0]
+        color = SEEN if voc > 0.5 else GREY if voc > -0.2 else UNSEEN
+        axis.plot(steps, values, color=color, lw=1.8)
+        axis.fill_between(steps, values.min(), values, color=color, alpha=0.12, lw=0)
+        axis.set_title(name, loc="left", fontsize=9.5)
+        axis.set_title(f"VOC {voc:.2f}", loc="right", fontsize=9, color=color)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=7, colors="0.45")
+        axis.locator_params(axis="y", nbins=3)
+    figure.supxlabel("simulator step; each panel has its own scale, as only the order counts",
+                     fontsize=9, color="0.4")
+    figure.savefig(path, dpi=100)
+
+
+def draw_heat_map(runs, shown, path: Path) -> None:
+    """VOC of every task under every objective."""
+    some = next(iter(runs.values()))[0]["tasks"]
+    tasks = sorted((task for task in some if "voc" in some[task]),
+                   key=lambda task: (task not in vlmrm.UNSEEN_TASKS, task))
+    voc = np.array([[np.mean([run["tasks"][task]["voc"] for run in runs[name, setting]])
+                     for name, setting in shown.items()] for task in tasks])
+    figure = Figure(figsize=(10.5, 12.5), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(voc, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(voc):
+        axis.text(column, row, f"{value:.1f}".replace("0.", ".").replace("-.0", ".0"),
+                  ha="center", va="center", fontsize=6.5,
+                  color="white" if abs(value) > 0.6 else "0.25")
+    unseen = sum(task in vlmrm.UNSEEN_TASKS for task in tasks)
+    axis.axhline(unseen - 0.5, color="black", lw=1.5)
+    axis.set_yticks(range(len(tasks)), [task.removesuffix("-v3") for task in tasks], fontsize=8)
+    axis.set_xticks(range(len(shown)), shown, rotation=55, ha="left", fontsize=9)
+    axis.xaxis.tick_top()
+    axis.set_title("VOC by task and objective; above the line: tasks never trained on",
+                   loc="left", fontsize=11)
+    figure.colorbar(image, shrink=0.3, label="VOC")
+    figure.savefig(path, dpi=90)
+
+
+def draw_confusion(runs, shown, rewards, data, path: Path) -> None:
+    """Which of all sentences each task's last expert frames prefer."""
+    names = [name for name in ("zeroshot", "triplet", "decisionnce-p", "vlc") if name in shown]
+    sentences = list(vlmrm.load_instructions(vlmrm.DATA / "instructions.json"))
+    order = np.array(sorted(range(len(sentences)),
+                            key=lambda k: (sentences[k] in vlmrm.UNSEEN_TASKS, sentences[k])))
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), sharey=True), names):
+        test, preferred = rewards[name]["episodes"], rewards[name]["preferred"]
+        expert = data.source[test] == "expert"
+        confusion = np.zeros((len(sentences),) * 2)
+        for task, choice in zip(data.task[test][expert], preferred[expert]):
+            confusion[sentences.index(task), choice] += 1
+        confusion /= np.maximum(confusion.sum(1, keepdims=True), 1)
+        axis.imshow(confusion[order][:, order], cmap="magma_r", vmin=0, vmax=1)
+        edge = sum(task not in vlmrm.UNSEEN_TASKS for task in sentences) - 0.5
+        axis.axhline(edge, color=UNSEEN, lw=0.8)
+        axis.axvline(edge, color=UNSEEN, lw=0.8)
+        right = {group: mean(runs[name, shown[name]], group, "retrieval_top1")
+                 for group in ("seen", "unseen")}
+        axis.set_title(f"{name}: right {right['seen']:.2f} seen, {right['unseen']:.2f} unseen",
+                       loc="left", fontsize=10)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_xlabel("sentence preferred", fontsize=9)
+    figure.axes[0].set_ylabel("task of the frame (red line: unseen below)", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+# What each loss takes from a batch of two videos. Nodes: o0 to o4 the frames of a video, p0 to p4
+# those of another, l and m their sentences. Edges: see EDGES; a "goal" is a ring around a node.
+LOOKS = {
+    "clip": ("every frame finds its sentence", [
+        *[("pull", f"o{k}", "l") for k in range(5)], ("push", "o2", "m"), ("push", "p2", "l")]),
+    "tcn": ("neighbours in time close, the rest far; no sentence", [
+        ("pull", "o3", "o2"), ("pull", "o2", "o1"), ("push", "o3", "o1"), ("push", "o3", "p3"),
+        ("push", "o1", "p1")]),
+    "tcn-text": ("the sentence in place of the latest of the three", [
+        ("pull", "l", "o2"), ("pull", "o2", "o1"), ("push", "l", "o1"), ("push", "l", "m"),
+        ("push", "o1", "p1")]),
+    "r3m": ("tcn, and under l later beats earlier and others", [
+        ("rise", "o0", "o4"), ("rise", "o1", "o2"), ("rise", "o2", "o3"), ("push", "l", "p4"),
+        ("push", "l", "p2"), ("push", "l", "p3"), ("goal", "l", "l")]),
+    "vip": ("nearer to the goal image by one step; no sentence", [
+        ("pull", "o0", "o4"), ("rise", "o1", "o2"), ("rise", "p1", "p2"), ("goal", "o4", "o4")]),
+    "vip-text": ("the same with the sentence as goal", [
+        ("pull", "o0", "l"), ("rise", "o1", "o2"), ("rise", "p1", "p2"), ("goal", "l", "l")]),
+    "hilp": ("distance = number of steps; no sentence", [
+        ("count", "o1", "o2"), ("count", "o1", "o3"), ("count", "o1", "o4"),
+        ("count", "o1", "p4")]),
+    "hilp-text": ("the same with the sentence in place of the end", [
+        ("count", "o1", "o2"), ("count", "o1", "o3"), ("count", "o1", "l"),
+        ("count", "o1", "m")]),
+    "liv": ("vip, and the end finds its sentence", [
+        ("pull", "o0", "o4"), ("rise", "o1", "o2"), ("goal", "o4", "o4"), ("pull", "o4", "l"),
+        ("push", "o4", "m"), ("push", "p4", "l")]),
+    "decisionnce-p": ("progress early to late is larger under l than under l'", [
+        ("rise", "o0", "o3"), ("rise", "o1", "o4"), ("push", "o4", "m"), ("push", "p4", "l"),
+        ("goal", "l", "l")]),
+    "decisionnce-t": ("each step points along l, not along l'", [
+        *[("rise", f"o{k}", f"o{k + 1}") for k in range(4)], ("push", "o4", "m"),
+        ("push", "p4", "l"), ("goal", "l", "l")]),
+    "vlc": ("rises at every step under l, and the end finds its sentence", [
+        *[("rise", f"o{k}", f"o{k + 1}") for k in range(4)], ("pull", "o4", "l"),
+        ("push", "o4", "m"), ("push", "p4", "l"), ("goal", "l", "l")]),
+    "preference": ("of two frames the later (oracle: better) wins, softly", [
+        *[("rise", f"o{i}", f"o{j}") for j in range(5) for i in range(j)], ("goal", "l", "l")]),
+    "progress": ("each frame has a number under l, and 0 under l'", [
+        *[("count", f"o{k}", "l") for k in range(5)], ("push", "o4", "m")]),
+    "triplet": ("of two frames the later wins under l, by a margin", [
+        *[("rise", f"o{i}", f"o{j}") for j in range(5) for i in range(j)], ("goal", "l", "l")]),
+}
+EDGES = {"pull": ("#2a9d5c", "-", "pull together"), "push": (UNSEEN, (0, (2, 2)), "push apart"),
+         "rise": (SEEN, "-", "the score must rise"), "count": ("#b07aa1", "-", "fit a number"),
+         "goal": ("#e9a23b", "-", "what scores are measured against")}
+
+
+def draw_looks(data, path: Path) -> None:
+    """One batch on its time line, and what each objective takes from it."""
+    sentences = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
+    times = {k: t for k, t in enumerate((0.04, 0.36, 0.46, 0.72, 0.97))}
+    place = {f"o{k}": (t, 1.0) for k, t in times.items()} | {
+        f"p{k}": (t, 0.0) for k, t in times.items()} | {"l": (1.22, 1.0), "m": (1.22, 0.0)}
+    columns, rows = 3, -(-len(LOOKS) // 3)
+    figure = Figure(figsize=(14, 3.6 + 1.95 * rows))
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.6] + [1] * rows, left=0.01,
+                               right=0.99, top=0.985, bottom=0.01, hspace=0.16, wspace=0.05)
+    head = figure.add_subplot(grid[0, :])
+    head.set(xlim=(-0.06, 1.5), ylim=(-0.75, 1.65))
+    head.set_axis_off()
+    for row, task in ((1.0, "drawer-close-v3"), (0.0, "button-press-wall-v3")):
+        episode = data.select(task=task, source="expert")[0]
+        picks = data.frames(episode)[
+            (np.array(list(times.values())) * (data.T - 1)).round().astype(int)]
+        head.plot([0, 1.05], [row - 0.42] * 2, color="0.6", lw=1)
+        for t, picture, letter in zip(times.values(), picks, range(5)):
+            shift = {1: -0.035, 2: 0.035}.get(letter, 0)  # neighbours in time would overlap
+            head.imshow(picture, extent=(t + shift - 0.048, t + shift + 0.048, row - 0.34,
+                                         row + 0.36), aspect="auto", zorder=3)
+            head.plot([t, t + shift], [row - 0.42, row - 0.34], color="0.6", lw=1)
+            head.plot(t, row - 0.42, "o", color="black", ms=4)
+        head.text(1.09, row, f"“{sentences[task]['instruction']}”", va="center", fontsize=12,
+                  style="italic")
+    for t, shift, name in zip(times.values(), (0, -0.03, 0.03, 0, 0), (
+            "start", "now", "next", "later", "end")):
+        head.text(t + shift, 1.42, name, ha="center", fontsize=10)
+    head.text(1.09, 0.68, "l, its instruction", fontsize=9.5, color="0.4")
+    head.text(1.09, -0.32, "l', that of another video", fontsize=9.5, color="0.4")
+    for k, (color, style, text) in enumerate(EDGES[kind] for kind in EDGES):
+        head.plot([0.02 + 0.27 * k, 0.06 + 0.27 * k], [-0.66] * 2, color=color, ls=style, lw=2.4)
+        head.text(0.07 + 0.27 * k, -0.66, text, va="center", fontsize=10)
+    for k, (name, (caption, edges)) in enumerate(LOOKS.items()):
+        axis = figure.add_subplot(grid[1 + k // columns, k % columns])
+        axis.set(xlim=(-0.06, 1.4), ylim=(-0.3, 2.2))
+        axis.set_axis_off()
+        axis.text(-0.03, 2.12, name, fontsize=11.5, fontweight="bold", va="center")
+        axis.text(-0.03, 1.8, caption, fontsize=9, color="0.3", va="center")
+        for row in (0, 1):
+            axis.plot([0, 1.05], [row] * 2, color="0.88", lw=5, zorder=0, solid_capstyle="round")
+        used = {node for _, *ends in edges for node in ends}
+        for node, (x, y) in place.items():
+            color = "black" if node in used else "0.75"
+            if node in "lm":
+                axis.text(x, y, "l" if node == "l" else "l'", ha="center", va="center", fontsize=12,
+                          style="italic", color=color, bbox={
+                              "boxstyle": "round", "fc": "white", "ec": color})
+            else:
+                axis.plot(x, y, "o", color=color, ms=6, zorder=4)
+        for kind, a, b in edges:
+            color, style, _ = EDGES[kind]
+            (xa, ya), (xb, yb) = place[a], place[b]
+            if kind == "goal":
+                axis.plot(xa, ya, "o", ms=21, mfc="none", mec=color, mew=2.2)
+                continue
+            # Arcs along one time line, the longer the higher; straight from line to line.
+            bend = -min(0.6, 0.08 / abs(xb - xa) + 0.19) if ya == yb else 0.0
+            if xb < xa:
+                bend = -bend
+            axis.add_patch(FancyArrowPatch(
+                (xa, ya), (xb, yb), connectionstyle=f"arc3,rad={bend}", color=color, lw=1.5,
+                linestyle=style, shrinkA=4, shrinkB=4 if b not in "lm" else 10, mutation_scale=8,
+                arrowstyle="-|>" if kind == "rise" else "<->" if kind == "count" else "-",
+                zorder=3))
+    figure.savefig(path, dpi=100)
+
+
+def draw_best_of(found: dict, path: Path) -> None:
+    """The simulator's reward of the best of N frames, picked by one model and by several."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axis, group in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen")):
+        singles = [curve[group]["best_of"] for name, curve in found.items()
+                   if name.startswith("seed")]
+        axis.fill_between(found["draws"], np.min(singles, 0), np.max(singles, 0), color=GREY,
+                          alpha=0.25, lw=0, label=f"one model (range of {len(singles)})")
+        axis.plot(found["draws"], np.mean(singles, 0), color=GREY, lw=2, label="one model (mean)")
+        for name, color in (("mean", "#2a9d5c"), ("minimum", UNSEEN), ("mean - std", "#b07aa1"),
+                            ("simulator", "black")):
+            axis.plot(found["draws"], found[name][group]["best_of"], color=color, lw=2,
+                      ls=":" if name == "simulator" else "-",
+                      label="the simulator itself" if name == "simulator" else
+                      f"{name} of the ensemble")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(found["draws"], found["draws"])
+        axis.set_xlabel("N: frames to pick the best from")
+        axis.set_title(f"{group} tasks", loc="left", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("simulator's reward of the pick (0 to 10)")
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def draw_all(root: Path, data) -> None:
+    runs, shown, rewards = load(root)
+    draw_comparison(runs, shown, root / "comparison.png")
+    draw_episode(shown, rewards, data, root / "episode.png")
+    draw_heat_map(runs, shown, root / "heatmap.png")
+    draw_confusion(runs, shown, rewards, data, root / "confusion.png")
+    draw_looks(vlmrm.Dataset(vlmrm.DATA / "metaworld.npz"), root / "looks.png")
+    for path in root.glob("ensemble-*.json"):
+        draw_best_of(json.loads(path.read_text(encoding="utf-8")),
+                     root / f"best-of-{path.stem.removeprefix('ensemble-')}.png")
+
+
+def tables(root: Path) -> dict[str, str]:
+    """The tables of the README, by the names of the marks they stand between."""
+    runs, shown, _ = load(root)
+    return {"comparison": comparison_table(runs, shown), "headline": headline_table(runs, shown),
+            "metrics": metrics_table(runs, shown)}
+
+
+def fill(readme: str, root: Path) -> str:
+    """The README with the tables between <!-- name --> and <!-- end of name --> made anew."""
+    for name, table in tables(root).items():
+        readme = re.sub(rf"(<!-- {name}.*?-->\n).*?(\n<!-- end of {name} -->)",
+                        lambda marks: marks[1] + table + marks[2], readme, flags=re.DOTALL)
+    return readme
+
+
+if __name__ == "__main__":
+    draw_all(HERE / "results", vlmrm.Dataset(vlmrm.DATA / "metaworld.npz"))
+    readme = HERE.parent / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), HERE / "results"), encoding="utf-8")
