@@ -172,7 +172,8 @@ def comparison_table(runs, shown) -> str:
             marks["triplet", metric, group] = "↑"
     titles = ["objective", "VOC, seen", "VOC, unseen", "ranking, seen", "ranking, unseen",
               "VOC by goal images, unseen", "VOC minus VOC of opposite, unseen",
-              "retrieval top 1, seen", "official constants: VOC, seen", "VOC, unseen", "frames/s"]
+              "retrieval top 1, seen", "official constants (one seed): VOC, seen", "VOC, unseen",
+              "frames/s"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for name, setting in shown.items():
         some = runs[name, setting]
