@@ -1479,7 +1479,8 @@ def study(args: argparse.Namespace, data: Dataset, sentences: dict) -> None:
         if config["seed"] == args.seed:
             for name, array in np.load(folder / "rewards.npz").items():
                 key = f"{config['objective']}/{name}"  # of the tuned run, if there is one
-                rewards.setdefault(key, np.float16(array) if "values" in name else array)
+                if name != "goal_values":
+                    rewards.setdefault(key, np.float16(array) if "values" in name else array)
     root = folders[0].parent
     (root / "results.json").write_text(
         "[" + ",\n".join(json.dumps(result) for result in results) + "]\n")

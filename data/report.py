@@ -257,9 +257,9 @@ def draw_comparison(runs, shown, path: Path) -> None:
     axes = figure.subplots(1, 3, sharey=True, width_ratios=[4, 4, 1.6])
     rows = np.arange(len(shown))[::-1]
     for axis, metric, title, chance in (
-            (axes[0], "voc", "VOC: does the reward rise while an expert works?", 0),
+            (axes[0], "voc", "VOC: does it rise while an expert works?", 0),
             (axes[1], "ranking_accuracy_within",
-             "ranking accuracy: does it order frames as the simulator does?", 0.5)):
+             "ranking accuracy: frames in the simulator's order?", 0.5)):
         axis.axvline(chance, color="0.8", lw=1)
         for row, (name, setting) in zip(rows, shown.items()):
             for group, color, offset in (("seen", SEEN, 0.13), ("unseen", UNSEEN, -0.13)):
@@ -280,7 +280,10 @@ def draw_comparison(runs, shown, path: Path) -> None:
         axis.set_title(title, loc="left", fontsize=10.5)
     axes[0].plot([], [], "x", color=GREY, ms=5, label="official constants")
     axes[0].plot([], [], "D", color=GREY, ms=5, mfc="white", label="by goal images instead")
-    axes[0].legend(loc="lower right", frameon=False, fontsize=9)
+    axes[0].plot([], [], color=GREY, lw=2.2, alpha=0.5, label="95 % interval over test episodes")
+    axes[0].plot([], [], "|", color=GREY, label="training seeds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
+                  frameon=False, fontsize=9)
     axes[0].set_yticks(rows, [label(name) for name in shown])
     for row, (name, setting) in zip(rows, shown.items()):
         if speeds := [run["frames_per_second"] for run in runs[name, setting]
@@ -291,9 +294,6 @@ def draw_comparison(runs, shown, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.93")
         axis.set_axisbelow(True)
-    seeds = max(map(len, runs.values()))
-    figure.supxlabel(f"dot: mean of {seeds} seeds (ticks); bar: 95 % interval over test episodes",
-                     fontsize=9, color="0.4")
     figure.savefig(path, dpi=110)
 
 
