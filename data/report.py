@@ -170,8 +170,9 @@ def comparison_table(runs, shown) -> str:
             marks[name, metric, group] = sign if p[name] < 0.05 else ""
         if all(marks[name, metric, group] == "↓" for name in p):
             marks["triplet", metric, group] = "↑"
-    titles = ["objective", "VOC, seen", "VOC, unseen", "ranking, seen", "ranking, unseen",
-              "VOC by goal images, unseen", "VOC minus VOC of opposite, unseen",
+    titles = ["objective", "VOC, seen", "VOC, unseen", "ranking within, seen",
+              "ranking within, unseen", "ranking across, unseen", "VOC by goal images, unseen",
+              "VOC minus VOC of opposite, unseen",
               "retrieval top 1, seen", "official constants (one seed): VOC, seen", "VOC, unseen",
               "frames/s"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
@@ -182,6 +183,7 @@ def comparison_table(runs, shown) -> str:
             mark = marks.get((name, metric, group), "")
             text = cell(some, group, of_reward(some, metric))
             cells.append(f"**{text}**" if mark == "↑" else f"{text} {mark}".strip())
+        cells.append(cell(some, "unseen", of_reward(some, "ranking_accuracy_across"), False))
         if of_reward(some, "voc") == "voc":
             cells += [cell(some, "unseen", "goal_voc", False),
                       cell(some, "unseen", "antonym", False),
