@@ -768,7 +768,7 @@ def collected(tmp_path_factory):
     pytest.importorskip("metaworld", reason="metaworld needs Python 3.10 to 3.13")
     folder = tmp_path_factory.mktemp("collected")
     for workers in (1, 2):
-        result = command("--collect", "--tasks", "reach-v3", "drawer-close-v3", "--expert", "2",
+        result = command("--collect", "--tasks", "reach-v3", "drawer-close-v3", "--expert", "1",
                          "--mixed", "1", "--size", "48", "--frames", "8",
                          "--workers", str(workers), "--output", str(folder / f"{workers}.npz"))
         if "cannot render" in result.stderr:
@@ -783,7 +783,7 @@ def test_collection_does_not_depend_on_the_number_of_workers(collected):
 
 def test_collection_keeps_successful_experts_and_orders_its_frames(collected):
     data = vlmrm.Dataset(collected / "1.npz")
-    assert list(data.source) == ["expert", "expert", "mixed"] * 2
+    assert list(data.source) == ["expert", "mixed"] * 2
     assert data.success[data.source == "expert"].any(axis=1).all()
     assert (np.diff(data.steps, axis=1) > 0).all()
     assert (data.steps[data.source == "mixed", -1] == 149).all()
@@ -902,8 +902,10 @@ def test_real_architectures_from_a_checkpoint_file(name, toy, sentences, tmp_pat
     vlmrm.add_lora(model, 2)
     data = copy.copy(toy)  # without validation episodes, which would take most of the time
     data.split = np.where(toy.split == "validation", "test", toy.split)
-    log = vlmrm.train(model, data, sentences, vlmrm.triplet_loss, steps=3, batch=2,
+    vlmrm.to_device(model, torch.device("cpu"))
+    log = vlmrm.train(model, data, sentences, vlmrm.triplet_loss, steps=3, batch=1,
                       learning_rate=1e-3, seed=0)
+    model.low_precision = False
     assert np.isfinite([entry["loss"] for entry in log]).all()
     frames = toy.frames(0)[:3]
     rewards = model.eval().score(frames, "open the drawer")
