@@ -221,7 +221,8 @@ def headline_table(runs, shown) -> str:
         cells = [f"`{label(name)}`".replace(" (", "` (").replace(")`", ")")]
         for differences, p in columns:
             gain = -differences[name]  # (tasks,)
-            half = scipy.stats.t.ppf(0.975, len(gain) - 1) * scipy.stats.sem(gain)
+            half = (scipy.stats.t.ppf(0.975, len(gain) - 1) * scipy.stats.sem(gain)
+                    if len(gain) > 1 else np.nan)
             cells += [f"{gain.mean():+.2f} [{gain.mean() - half:+.2f}, {gain.mean() + half:+.2f}]",
                       f"{p[name]:.3f}", f"{(gain > 0).sum()} of {len(gain)}"]
         lines.append("| " + " | ".join(cells) + " |")
