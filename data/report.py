@@ -438,25 +438,20 @@ EDGES = {"pull": ("#2a9d5c", "-", "pull together"), "push": (UNSEEN, (0, (2, 2))
          "goal": ("#e9a23b", "-", "what scores are measured against")}
 
 
-def draw_looks(data, path: Path) -> None:
-    """One batch on its time line, and what each objective takes from it."""
+TIMES = (0.04, 0.36, 0.46, 0.72, 0.97)  # of the five frames, as shares of the episode
+
+
+def draw_batch(head, data) -> None:
+    """Two videos of a batch: five frames on a time line each, and their sentences."""
     sentences = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
-    times = {k: t for k, t in enumerate((0.04, 0.36, 0.46, 0.72, 0.97))}
-    place = {f"o{k}": (t, 1.0) for k, t in times.items()} | {
-        f"p{k}": (t, 0.0) for k, t in times.items()} | {"l": (1.22, 1.0), "m": (1.22, 0.0)}
-    columns, rows = 3, -(-len(LOOKS) // 3)
-    figure = Figure(figsize=(14, 3.6 + 1.95 * rows))
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.6] + [1] * rows, left=0.01,
-                               right=0.99, top=0.985, bottom=0.01, hspace=0.16, wspace=0.05)
-    head = figure.add_subplot(grid[0, :])
     head.set(xlim=(-0.06, 1.5), ylim=(-0.75, 1.65))
     head.set_axis_off()
     for row, task in ((1.0, "drawer-close-v3"), (0.0, "button-press-wall-v3")):
         episode = data.select(task=task, source="expert")[0]
         picks = data.frames(episode)[
-            (np.array(list(times.values())) * (data.T - 1)).round().astype(int)]
+            (np.array(TIMES) * (data.T - 1)).round().astype(int)]
         head.plot([0, 1.05], [row - 0.42] * 2, color="0.6", lw=1)
-        for t, picture, letter in zip(times.values(), picks, range(5)):
+        for t, picture, letter in zip(TIMES, picks, range(5)):
             shift = {1: -0.035, 2: 0.035}.get(letter, 0)  # neighbours in time would overlap
             head.imshow(picture, extent=(t + shift - 0.048, t + shift + 0.048, row - 0.34,
                                          row + 0.36), aspect="auto", zorder=3)
@@ -464,7 +459,7 @@ def draw_looks(data, path: Path) -> None:
             head.plot(t, row - 0.42, "o", color="black", ms=4)
         head.text(1.09, row, f"“{sentences[task]['instruction']}”", va="center", fontsize=12,
                   style="italic")
-    for t, shift, name in zip(times.values(), (0, -0.03, 0.03, 0, 0), (
+    for t, shift, name in zip(TIMES, (0, -0.03, 0.03, 0, 0), (
             "start", "now", "next", "later", "end")):
         head.text(t + shift, 1.42, name, ha="center", fontsize=10)
     head.text(1.09, 0.68, "l, its instruction", fontsize=9.5, color="0.4")
@@ -472,38 +467,53 @@ def draw_looks(data, path: Path) -> None:
     for k, (color, style, text) in enumerate(EDGES[kind] for kind in EDGES):
         head.plot([0.02 + 0.27 * k, 0.06 + 0.27 * k], [-0.66] * 2, color=color, ls=style, lw=2.4)
         head.text(0.07 + 0.27 * k, -0.66, text, va="center", fontsize=10)
+
+
+def draw_edges(axis, name: str, caption: str, edges: list) -> None:
+    """What one objective takes from the batch: the edges of LOOKS between its frames and texts."""
+    place = {f"o{k}": (t, 1.0) for k, t in enumerate(TIMES)} | {
+        f"p{k}": (t, 0.0) for k, t in enumerate(TIMES)} | {"l": (1.22, 1.0), "m": (1.22, 0.0)}
+    axis.set(xlim=(-0.06, 1.4), ylim=(-0.3, 2.2))
+    axis.set_axis_off()
+    axis.text(-0.03, 2.12, name, fontsize=11.5, fontweight="bold", va="center")
+    axis.text(-0.03, 1.8, caption, fontsize=9, color="0.3", va="center")
+    for row in (0, 1):
+        axis.plot([0, 1.05], [row] * 2, color="0.88", lw=5, zorder=0, solid_capstyle="round")
+    used = {node for _, *ends in edges for node in ends}
+    for node, (x, y) in place.items():
+        color = "black" if node in used else "0.75"
+        if node in "lm":
+            axis.text(x, y, "l" if node == "l" else "l'", ha="center", va="center", fontsize=12,
+                      style="italic", color=color, bbox={
+                          "boxstyle": "round", "fc": "white", "ec": color})
+        else:
+            axis.plot(x, y, "o", color=color, ms=6, zorder=4)
+    for kind, a, b in edges:
+        color, style, _ = EDGES[kind]
+        (xa, ya), (xb, yb) = place[a], place[b]
+        if kind == "goal":
+            axis.plot(xa, ya, "o", ms=21, mfc="none", mec=color, mew=2.2)
+            continue
+        # Arcs along one time line, the longer the higher; straight from line to line.
+        bend = -min(0.6, 0.08 / abs(xb - xa) + 0.19) if ya == yb else 0.0
+        if xb < xa:
+            bend = -bend
+        axis.add_patch(FancyArrowPatch(
+            (xa, ya), (xb, yb), connectionstyle=f"arc3,rad={bend}", color=color, lw=1.5,
+            linestyle=style, shrinkA=4, shrinkB=4 if b not in "lm" else 10, mutation_scale=8,
+            arrowstyle="-|>" if kind == "rise" else "<->" if kind == "count" else "-",
+            zorder=3))
+
+
+def draw_looks(data, path: Path) -> None:
+    """One batch on its time line, and what each objective takes from it."""
+    columns, rows = 3, -(-len(LOOKS) // 3)
+    figure = Figure(figsize=(14, 3.6 + 1.95 * rows))
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.6] + [1] * rows, left=0.01,
+                               right=0.99, top=0.985, bottom=0.01, hspace=0.16, wspace=0.05)
+    draw_batch(figure.add_subplot(grid[0, :]), data)
     for k, (name, (caption, edges)) in enumerate(LOOKS.items()):
-        axis = figure.add_subplot(grid[1 + k // columns, k % columns])
-        axis.set(xlim=(-0.06, 1.4), ylim=(-0.3, 2.2))
-        axis.set_axis_off()
-        axis.text(-0.03, 2.12, name, fontsize=11.5, fontweight="bold", va="center")
-        axis.text(-0.03, 1.8, caption, fontsize=9, color="0.3", va="center")
-        for row in (0, 1):
-            axis.plot([0, 1.05], [row] * 2, color="0.88", lw=5, zorder=0, solid_capstyle="round")
-        used = {node for _, *ends in edges for node in ends}
-        for node, (x, y) in place.items():
-            color = "black" if node in used else "0.75"
-            if node in "lm":
-                axis.text(x, y, "l" if node == "l" else "l'", ha="center", va="center", fontsize=12,
-                          style="italic", color=color, bbox={
-                              "boxstyle": "round", "fc": "white", "ec": color})
-            else:
-                axis.plot(x, y, "o", color=color, ms=6, zorder=4)
-        for kind, a, b in edges:
-            color, style, _ = EDGES[kind]
-            (xa, ya), (xb, yb) = place[a], place[b]
-            if kind == "goal":
-                axis.plot(xa, ya, "o", ms=21, mfc="none", mec=color, mew=2.2)
-                continue
-            # Arcs along one time line, the longer the higher; straight from line to line.
-            bend = -min(0.6, 0.08 / abs(xb - xa) + 0.19) if ya == yb else 0.0
-            if xb < xa:
-                bend = -bend
-            axis.add_patch(FancyArrowPatch(
-                (xa, ya), (xb, yb), connectionstyle=f"arc3,rad={bend}", color=color, lw=1.5,
-                linestyle=style, shrinkA=4, shrinkB=4 if b not in "lm" else 10, mutation_scale=8,
-                arrowstyle="-|>" if kind == "rise" else "<->" if kind == "count" else "-",
-                zorder=3))
+        draw_edges(figure.add_subplot(grid[1 + k // columns, k % columns]), name, caption, edges)
     figure.savefig(path, dpi=100)
 
 
