@@ -41,8 +41,8 @@ def unit(*shape, seed=0):
 # Losses against the authors' own code: value and gradient
 
 GOLDEN = json.loads((HERE / "data" / "golden" / "golden.json").read_text(encoding="utf-8"))
-# Where the slots of the official batches lie in ours: start, now, next, later, end, and a sixth: for
-# R3M the end (its s2 may be another), for LIV the frame that meets the caption. R3M has no "next",
+# Where the slots of the official batches lie in ours: start, now, next, later, end, and a sixth
+# (R3M: the end, as its s2 may be another; LIV: the frame of the caption). R3M has no "next" frame,
 # VIP and LIV have no "later": they must not look at it, so any frame will do there, here zeros.
 SLOTS = {"r3m": [0, 2, None, 3, 4, 1], "vip": [0, 2, 3, None, 1], "liv": [0, 2, 3, None, 1, 4]}
 
@@ -52,10 +52,14 @@ def even_times(batch):
     return torch.linspace(0, 1, 5, dtype=torch.float64).expand(batch, 5)
 
 
+def golden_arrays(method):
+    return {key: torch.from_numpy(array)
+            for key, array in np.load(HERE / "data" / "golden" / f"{method}.npz").items()}
+
+
 def golden(method):
     """The arrays of a method, and its frames in the order of our batch as a leaf for gradients."""
-    arrays = {key: torch.from_numpy(array)
-              for key, array in np.load(HERE / "data" / "golden" / f"{method}.npz").items()}
+    arrays = golden_arrays(method)
     embeddings = arrays["emb"].double()
     frames = torch.stack([torch.zeros_like(embeddings[:, 0]) if slot is None
                           else embeddings[:, slot] for slot in SLOTS[method]], dim=1)
@@ -131,8 +135,7 @@ def test_liv_golden(variant, options):
 @pytest.mark.parametrize("F_", [2, 4])
 @pytest.mark.parametrize("form", ["P", "T"])
 def test_decisionnce_golden(form, F_, scale):
-    arrays = {key: torch.from_numpy(array) for key, array in np.load(
-        HERE / "data" / "golden" / "decisionnce.npz").items()}
+    arrays = golden_arrays("decisionnce")
     frames = arrays[f"vis{F_}"].double().requires_grad_()
     texts = arrays["text"].double().requires_grad_()
     loss = vlmrm.OBJECTIVES[f"decisionnce-{form.lower()}"](frames, texts, None, scale=scale)
@@ -149,8 +152,7 @@ def test_decisionnce_golden(form, F_, scale):
 def test_vlc_golden(margin, rank_weight, result):
     """The official scores are a transformer's. Frames that are the axes of a space, and texts whose
     coordinates are the scores, give any scores through a dot product."""
-    arrays = {key: torch.from_numpy(array) for key, array in np.load(
-        HERE / "data" / "golden" / "vlc.npz").items()}
+    arrays = golden_arrays("vlc")
     texts = arrays["sim"].double().reshape(6, 72).requires_grad_()
     frames = torch.eye(72, dtype=torch.float64).view(6, 12, 72)
     loss = vlmrm.vlc_loss(frames, texts, None, margin=margin, rank_weight=rank_weight,
@@ -169,8 +171,7 @@ def test_vlc_golden(margin, rank_weight, result):
 
 def test_hilp_golden():
     """The official loss on the embeddings of two networks and of their slow copies."""
-    arrays = {key: torch.from_numpy(array).double() for key, array in np.load(
-        HERE / "data" / "golden" / "hilp.npz").items()}
+    arrays = {key: array.double() for key, array in golden_arrays("hilp").items()}
     v = vlmrm.negative_distance
     loss = vlmrm.expectile_loss(
         v(arrays["phi"], arrays["phi_goal"]), v(arrays["tgt_phi"], arrays["tgt_phi_goal"]),
@@ -182,8 +183,7 @@ def test_hilp_golden():
 @pytest.mark.parametrize("prompts", ["single", "three_prompts"])
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_goal_baseline_golden(prompts, alpha):
-    arrays = {key: torch.from_numpy(array) for key, array in np.load(
-        HERE / "data" / "golden" / "vlmrm.npz").items()}
+    arrays = golden_arrays("vlmrm")
     n = "" if prompts == "single" else "3"
     goal, baseline = (F.normalize(arrays[key + n], dim=-1).mean(0) for key in (
         "target", "baseline"))

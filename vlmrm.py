@@ -87,6 +87,11 @@ UNSEEN_TASKS = (
     "window-close-v3")
 
 
+def group_of(task: str) -> str:
+    """"unseen" for the ten tasks that nobody trains on, "seen" for the others."""
+    return "unseen" if task in UNSEEN_TASKS else "seen"
+
+
 class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
 
@@ -602,7 +607,7 @@ def progress_loss(frames, texts, times, scale: float = 10.0) -> torch.Tensor:
     frames = torch.cat([frames, frames[:, :-1].flip(1)], dim=1)[:, 1:]  # (B, 2 K - 2, D)
     times = torch.cat([times, times[:, :-1].flip(1)], dim=1)[:, 1:]
     sentences = torch.stack([texts, *texts[shifts(1, len(texts))]])  # (2, B, D): own and wrong
-    targets = torch.stack([times, *torch.zeros_like(times)[None]])[:len(sentences)]
+    targets = torch.stack([times, torch.zeros_like(times)])[:len(sentences)]
     return F.mse_loss(torch.sigmoid(scale * cosine(frames, sentences[:, :, None])), targets)
 
 
@@ -1245,8 +1250,7 @@ def average_over_tasks(rows: dict) -> dict:
         for task, row in defined.items():
             report["tasks"].setdefault(task, {})[metric] = row[0]
         for group in ("seen", "unseen"):
-            chosen = [row for task, row in defined.items()
-                      if (task in UNSEEN_TASKS) == (group == "unseen")]
+            chosen = [row for task, row in defined.items() if group_of(task) == group]
             if chosen:
                 means = np.nanmean(chosen, axis=0)
                 report[group][metric] = {"value": means[0], "tasks": len(chosen),
@@ -1323,14 +1327,28 @@ def prepare_model(args: argparse.Namespace) -> RewardModel:
 def own_reward_of(args: argparse.Namespace, model: RewardModel):
     """The reward of what is neither the cosine nor the distance to goal images: a function of
     frames (E, T, D) and texts (E, 1, D), or None."""
-    with torch.inference_mode():
-        baseline = model.eval().embed_texts([args.baseline])[0].cpu()
+    if args.objective == "goal-baseline":
+        with torch.inference_mode():
+            baseline = model.eval().embed_texts([args.baseline])[0].cpu()
+        return lambda frames, texts: goal_baseline_reward(frames, texts, baseline, args.alpha)
     return {
-        "goal-baseline": lambda frames, texts: goal_baseline_reward(
-            frames, texts, baseline, args.alpha),
         "clock": lambda frames, texts: torch.arange(frames.shape[1]).repeat(len(frames), 1),
         "moved": lambda frames, texts: -negative_distance(frames, frames[:, :1]),
     }.get(args.objective)
+
+
+@functools.cache
+def report_functions() -> dict:
+    """data/report.py: tables and pictures, nothing to learn from."""
+    return runpy.run_path(str(DATA / "report.py"))
+
+
+def train_objective(args: argparse.Namespace, model: RewardModel, data: Dataset, sentences: dict,
+                    objective: str, learning_rate: float, constants: dict) -> list[dict]:
+    """train() with an objective by name, and constants in place of those of its signature."""
+    return train(model, data, sentences, functools.partial(OBJECTIVES[objective], **constants),
+                 steps=args.steps, batch=args.batch, learning_rate=learning_rate, seed=args.seed,
+                 oracle=objective in ORACLES)
 
 
 def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float,
@@ -1345,16 +1363,12 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
     print(f"{args.objective} on {args.backbone}, {trained / 1e6:.1f} M weights to train, "
           f"{model.mean.device}{', bfloat16' if model.low_precision else ''}; {data.E} episodes of "
           f"{len(np.unique(data.task))} tasks from {data.path}")
-    log = []
-    if OBJECTIVES[args.objective]:
-        loss = functools.partial(OBJECTIVES[args.objective], **config["constants"])
-        log = train(model, data, sentences, loss, steps=args.steps, batch=args.batch,
-                    learning_rate=config["learning_rate"], seed=args.seed,
-                    oracle=args.objective in ORACLES)
+    log = train_objective(args, model, data, sentences, args.objective, config["learning_rate"],
+                          config["constants"]) if OBJECTIVES[args.objective] else []
     report = evaluate(model, data, sentences, own_reward_of(args, model))
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / "model.safetensors")
-    runpy.run_path(str(DATA / "report.py"))["draw_curves"](
+    report_functions()["draw_curves"](
         report, data, sentences, f"{args.objective}: rewards of test episodes over time",
         folder / "curves.png")
     np.savez(folder / "rewards.npz", episodes=report["episodes"], preferred=report["preferred"],
@@ -1381,7 +1395,7 @@ def run_once(args: argparse.Namespace, data: Dataset, sentences: dict) -> None:
     while folder.exists():
         folder, n = args.runs / f"{args.objective}-seed{args.seed}-{n}", n + 1
     report = run(args, data, sentences, STARTED, folder)
-    print(runpy.run_path(str(DATA / "report.py"))["format_report"](report))
+    print(report_functions()["format_report"](report))
     print(f"{report['wall_seconds']:.0f} s in all. Weights, metrics and pictures are in {folder}")
 
 
@@ -1399,7 +1413,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def finish(args: argparse.Namespace, data: Dataset, sentences: dict, jobs: list) -> list[Path]:
     """Do the runs that are missing. jobs: (objective, setting, seed). Returns their folders."""
-    if len({task in UNSEEN_TASKS for task in data.task[data.select(split="test")]}) < 2:
+    if len({group_of(task) for task in data.task[data.select(split="test")]}) < 2:
         raise InputError(f"{data.path} has no test episodes of unseen tasks, or of seen ones: a "
                          "comparison needs both")
     folders = []
@@ -1439,9 +1453,8 @@ def tune(args: argparse.Namespace, data: Dataset, sentences: dict) -> None:
         scores = found.setdefault(objective, {})
         if key not in scores:
             model = prepare_model(args)
-            loss = functools.partial(OBJECTIVES[objective], **{GRID[objective][0]: value})
-            train(model, data, sentences, loss, steps=args.steps, batch=args.batch,
-                  learning_rate=learning_rate, seed=args.seed, oracle=objective in ORACLES)
+            train_objective(args, model, data, sentences, objective, learning_rate,
+                            {GRID[objective][0]: value})
             scores[key] = round(validation_voc(model, data, sentences, every=1,
                                                goal_images=objective in LANGUAGE_FREE), 4)
             write_json(path, found)
@@ -1485,9 +1498,8 @@ def study(args: argparse.Namespace, data: Dataset, sentences: dict) -> None:
     (root / "results.json").write_text(
         "[" + ",\n".join(json.dumps(result) for result in results) + "]\n")
     np.savez_compressed(root / "rewards.npz", **rewards)
-    report = runpy.run_path(str(DATA / "report.py"))  # tables and pictures: nothing to learn there
-    report["draw_all"](root, data)
-    tables = "\n\n".join(report["tables"](root).values())
+    report_functions()["draw_all"](root, data)
+    tables = "\n\n".join(report_functions()["tables"](root).values())
     (root / "tables.md").write_text(tables + "\n", encoding="utf-8")
     print(f"{tables}\nresults, tables and figures are in {root}")
 
@@ -1555,11 +1567,10 @@ def ensemble(args: argparse.Namespace, data: Dataset, sentences: dict) -> None:
         picks = {}
         for task in np.unique(data.task[test]):
             mine = data.task[test] == task
-            group = picks.setdefault("unseen" if task in UNSEEN_TASKS else "seen", [])
-            group.append([best_of(v[mine].ravel(), data.rewards[test][mine].ravel(), n)
-                          for n in draws])
-        found[name] = {group: {metric: report[group][metric] for metric in report[group]}
-                       | {"best_of": np.mean(picks[group], axis=0)} for group in picks}
+            picks.setdefault(group_of(task), []).append(
+                [best_of(v[mine].ravel(), data.rewards[test][mine].ravel(), n) for n in draws])
+        found[name] = {group: report[group] | {"best_of": np.mean(picks[group], axis=0)}
+                       for group in picks}
         print(f"{name:12}{found[name]['unseen']['voc']['value']:12.2f}"
               f"{found[name]['unseen']['ranking_accuracy_within']['value']:15.2f}   "
               + " ".join(f"{pick:.2f}" for pick in found[name]["unseen"]["best_of"]))

@@ -55,8 +55,7 @@ def format_report(report: dict) -> str:
     lines.append("intervals: 95 %, bootstrap over the test episodes of each task")
     for group in ("seen", "unseen"):
         ranked = sorted(((scores["voc"], task) for task, scores in report["tasks"].items()
-                         if (task in vlmrm.UNSEEN_TASKS) == (group == "unseen")
-                         and "voc" in scores), reverse=True)
+                         if vlmrm.group_of(task) == group and "voc" in scores), reverse=True)
         for title, some in (("best", ranked[:3]), ("worst", ranked[-3:])):
             lines.append(f"{title:5} VOC, {group:6}  " + ("   ".join(
                 f"{task.removesuffix('-v3')} {voc:.2f}" for voc, task in some) or "-"))
@@ -78,6 +77,13 @@ def choose_episodes(data: vlmrm.Dataset, test: np.ndarray) -> list[int]:
     return chosen
 
 
+def film_strip(frames: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the frames (T, S, S, 3), evenly spaced, side by side with a white gap."""
+    shown = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    framed = np.pad(shown, ((0, 0), (0, 0), (1, 1), (0, 0)), constant_values=255)
+    return np.concatenate(list(framed), axis=1)
+
+
 def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, path: Path) -> None:
     """Film strips of a few test episodes; beneath each the model's reward and the simulator's."""
     positions = choose_episodes(data, report["episodes"]) or [0]
@@ -91,9 +97,7 @@ def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, 
         rows = grid[panel // 2, panel % 2].subgridspec(
             3, 1, height_ratios=[1, 1.5, 0.9], hspace=0.1)
         strip, curve, truth = (figure.add_subplot(row) for row in rows)
-        shown = data.frames(episode)[np.linspace(0, data.T - 1, 8).round().astype(int)]
-        framed = np.pad(shown, ((0, 0), (0, 0), (1, 1), (0, 0)), constant_values=255)
-        strip.imshow(np.concatenate(list(framed), axis=1), aspect="auto")
+        strip.imshow(film_strip(data.frames(episode), 8), aspect="auto")
         strip.set_axis_off()
         expert = data.source[episode] == "expert"
         strip.set_title(f"“{sentences[task]['instruction']}”", loc="left", fontweight="bold")
@@ -134,6 +138,12 @@ def cell(runs: list[dict], group: str, metric: str, interval: bool = True) -> st
     return text.replace("-0.00", "0.00")
 
 
+def markdown(titles: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table. The first title may be empty."""
+    head, *lines = ["| " + " | ".join(cells).lstrip() + " |" for cells in (titles, *rows)]
+    return "\n".join([head, "|" + " --- |" * len(titles), *lines])
+
+
 def of_reward(runs: list[dict], metric: str) -> str:
     """The name of a metric for the reward that stands for these runs: the cosine, or, for a
     control or the goal baseline, their own."""
@@ -144,8 +154,8 @@ def against_triplet(runs, shown, group: str, metric: str):
     """Each peer minus triplet, task by task: {objective: (tasks,)}, and corrected p-values. Peers
     are the objectives that are trained, and without the simulator's reward."""
     some = next(iter(runs.values()))[0]["tasks"]
-    tasks = sorted(task for task in some if metric in some[task]
-                   and (task in vlmrm.UNSEEN_TASKS) == (group == "unseen"))
+    tasks = sorted(task for task in some
+                   if metric in some[task] and vlmrm.group_of(task) == group)
     scores = {name: np.mean([[run["tasks"][task][metric] for task in tasks]
                              for run in runs[name, setting]], axis=0)
               for name, setting in shown.items()
@@ -175,10 +185,10 @@ def comparison_table(runs, shown) -> str:
               "VOC minus VOC of opposite, unseen",
               "retrieval top 1, seen", "official constants (one seed): VOC, seen", "VOC, unseen",
               "frames/s"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    rows = []
     for name, setting in shown.items():
         some = runs[name, setting]
-        cells = [f"`{label(name)}`".replace(" (", "` (").replace(")`", ")")]
+        cells = [label(name, quote="`")]
         for metric, group in columns:
             mark = marks.get((name, metric, group), "")
             text = cell(some, group, of_reward(some, metric))
@@ -192,41 +202,35 @@ def comparison_table(runs, shown) -> str:
             cells += [""] * 3
         official = runs.get((name, "faithful"), []) if setting == "tuned" else []
         cells += [cell(official, group, "voc", False) for group in ("seen", "unseen")]
-        speeds = [run["frames_per_second"] for run in some if run["frames_per_second"]]
-        cells.append(f"{np.median(speeds):.0f}" if speeds else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{speed(some):.0f}" if speed(some) else ""])
+    return markdown(titles, rows)
 
 
 def metrics_table(runs, shown) -> str:
     """Every metric, before training and after training with triplet."""
     columns = [(runs[name, shown[name]], group) for group in ("seen", "unseen")
                for name in ("zeroshot", "triplet")]
-    lines = ["| | seen tasks: before | triplet | unseen tasks: before | triplet |",
-             "|" + " --- |" * 5]
-    for metric, (text, _) in METRICS.items():
-        if not metric.startswith(("own_", "goal_")):
-            cells = [cell(some, group, metric) for some, group in columns]
-            lines.append("| " + " | ".join([text, *cells]) + " |")
-    return "\n".join(lines)
+    return markdown(["", "seen tasks: before", "triplet", "unseen tasks: before", "triplet"], [
+        [text, *(cell(some, group, metric) for some, group in columns)]
+        for metric, (text, _) in METRICS.items() if not metric.startswith(("own_", "goal_"))])
 
 
 def headline_table(runs, shown) -> str:
     """By how much does triplet beat its peers on unseen tasks, and how surely?"""
-    lines = ["| triplet minus | VOC | p | tasks won | ranking accuracy | p | tasks won |",
-             "|" + " --- |" * 7]
+    rows = []
     columns = [against_triplet(runs, shown, "unseen", metric)
                for metric in ("voc", "ranking_accuracy_within")]
     for name in columns[0][0]:
-        cells = [f"`{label(name)}`".replace(" (", "` (").replace(")`", ")")]
+        cells = [label(name, quote="`")]
         for differences, p in columns:
             gain = -differences[name]  # (tasks,)
             half = (scipy.stats.t.ppf(0.975, len(gain) - 1) * scipy.stats.sem(gain)
                     if len(gain) > 1 else np.nan)
             cells += [f"{gain.mean():+.2f} [{gain.mean() - half:+.2f}, {gain.mean() + half:+.2f}]",
                       f"{p[name]:.3f}", f"{(gain > 0).sum()} of {len(gain)}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(["triplet minus", "VOC", "p", "tasks won", "ranking accuracy", "p",
+                     "tasks won"], rows)
 
 
 def load(root: Path):
@@ -248,10 +252,16 @@ def mean(runs: list[dict], group: str, metric: str) -> float:
     return float(np.mean([run[group][metric]["value"] for run in runs]))
 
 
-def label(name: str) -> str:
-    return name + (" (no language)" if name in vlmrm.LANGUAGE_FREE else
-                   " (privileged)" if name in vlmrm.ORACLES else
-                   " (control)" if name in ("clock", "moved") else "")
+def speed(runs: list[dict]) -> float | None:
+    """Median frames/s of the runs; None if nothing was trained."""
+    speeds = [run["frames_per_second"] for run in runs if run["frames_per_second"]]
+    return float(np.median(speeds)) if speeds else None
+
+
+def label(name: str, quote: str = "") -> str:
+    remark = ("no language" if name in vlmrm.LANGUAGE_FREE else "privileged"
+              if name in vlmrm.ORACLES else "control" if name in ("clock", "moved") else "")
+    return f"{quote}{name}{quote}" + (f" ({remark})" if remark else "")
 
 
 def draw_comparison(runs, shown, path: Path) -> None:
@@ -289,9 +299,8 @@ def draw_comparison(runs, shown, path: Path) -> None:
                   frameon=False, fontsize=9)
     axes[0].set_yticks(rows, [label(name) for name in shown])
     for row, (name, setting) in zip(rows, shown.items()):
-        if speeds := [run["frames_per_second"] for run in runs[name, setting]
-                      if run["frames_per_second"]]:
-            axes[2].barh(row, np.median(speeds), color="0.8", height=0.6)
+        if speed(runs[name, setting]):
+            axes[2].barh(row, speed(runs[name, setting]), color="0.8", height=0.6)
     axes[2].set_title("training, frames/s", loc="left", fontsize=10.5)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -310,9 +319,7 @@ def draw_episode(shown, rewards, data, path: Path) -> None:
     figure = Figure(figsize=(14, 2.2 + 1.75 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.15] + [1] * rows)
     strip = figure.add_subplot(grid[0, :])
-    frames = data.frames(test[position])[np.linspace(0, data.T - 1, 10).round().astype(int)]
-    strip.imshow(np.concatenate(list(np.pad(
-        frames, ((0, 0), (0, 0), (1, 1), (0, 0)), constant_values=255)), axis=1))
+    strip.imshow(film_strip(data.frames(test[position]), 10))
     strip.set_axis_off()
     sentence = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")[task]["instruction"]
     strip.set_title(f"“{sentence}”: an expert at a task never trained on", loc="left",
