@@ -539,7 +539,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 # baseline the value (the tests compare with data/golden/). Where the official codes contrast with
 # other videos, they draw random permutations of the batch, which now and then pair a video with
 # itself. Our batches come in random order, so we shift them by 1, 2, 3 places: as random, never
-# itself, and the loss stays a pure function. `perms...` arguments take your own.
+# itself, and the loss stays a pure function.
 
 LOG_EPS = math.log(1e-8)
 
@@ -663,7 +663,7 @@ def decisionnce_t_loss(frames, texts, times, scale: float = 100.0) -> torch.Tens
 
 
 def vlc_loss(frames, texts, times, scale: float = 1.0, margin: float = 0.0,
-             rank_weight: float = 33.0, similarity=cosine) -> torch.Tensor:
+             rank_weight: float = 33.0) -> torch.Tensor:
     """VLC, the video-language critic: the score rises from frame to frame, and the end of a video
     finds its instruction.
 
@@ -675,7 +675,7 @@ def vlc_loss(frames, texts, times, scale: float = 1.0, margin: float = 0.0,
     over the video so far; ours, over single frames, moves less, which the scale can mend. No
     failed videos in the batch.
     """
-    scores = scale * similarity(frames, texts[:, None, None])  # (B texts, B videos, K)
+    scores = scale * cosine(frames, texts[:, None, None])  # (B texts, B videos, K)
     own = scores.diagonal().mT  # (B, K)
     falls = F.relu(own[:, :-1] - own[:, 1:] + margin)
     return rank_weight * falls.mean() + matching_loss(scores[..., -1])
@@ -691,11 +691,10 @@ def softmax_loss(positive: torch.Tensor, negatives: list[torch.Tensor]) -> torch
     return -torch.logaddexp(log_p, floor)
 
 
-def tcn_loss(frames, texts, times, temperature: float = 1.0, similarity=negative_distance,
-             negatives: int = 3, perms=None) -> torch.Tensor:
+def tcn_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3) -> torch.Tensor:
     """TCN, time-contrastive: frames close in time are close, far in time far, other videos far.
 
-        S = similarity / temperature
+        S(a, b) = -|a - b| / temperature
         L = 1/2 mean [ -log p(s2 -> s1) - log p(s1 -> s0) ],  where the pair (s2, s1) competes with
         (s2, s0) and s2 of other videos, the pair (s1, s0) with (s2, s0) and s0 of other videos
 
@@ -703,18 +702,18 @@ def tcn_loss(frames, texts, times, temperature: float = 1.0, similarity=negative
     their cosine is left to chance. Its own reward is the distance to an image of the goal.
     Source: Sermanet et al., 1704.06888, in the softmax form of R3M's code (r3m/trainer.py), the
     likeliest meaning of "TCN" in a comparison of reward models. Differs: there the three are any
-    s0 < s1 <= s2, here s2 is the end. perms: (negatives, 2, B), for s0 and s2.
+    s0 < s1 <= s2, here s2 is the end.
     """
     _, s0, _, s1, s2 = frames[:, :5].unbind(1)
-    if perms is None:
-        perms = shifts(negatives, len(frames))[:, None].expand(-1, 2, -1)
-    near_late = similarity(s2, s1) / temperature  # (B,)
-    near_early = similarity(s1, s0) / temperature
-    far = similarity(s2, s0) / temperature
-    others_0 = [similarity(s0, s0[perm]) / temperature for perm in perms[:, 0]]
-    others_2 = [similarity(s2, s2[perm]) / temperature for perm in perms[:, 1]]
-    return (softmax_loss(near_late, [far, *others_2])
-            + softmax_loss(near_early, [far, *others_0])).mean() / 2
+
+    def similarity(a, b):
+        return negative_distance(a, b) / temperature  # (B,)
+
+    others_0 = [similarity(s0, s0[perm]) for perm in shifts(negatives, len(frames))]
+    others_2 = [similarity(s2, s2[perm]) for perm in shifts(negatives, len(frames))]
+    late = softmax_loss(similarity(s2, s1), [similarity(s2, s0), *others_2])
+    early = softmax_loss(similarity(s1, s0), [similarity(s2, s0), *others_0])
+    return (late + early).mean() / 2
 
 
 def norm_penalty(frames: torch.Tensor, l1: float, l2: float) -> torch.Tensor:
@@ -722,37 +721,32 @@ def norm_penalty(frames: torch.Tensor, l1: float, l2: float) -> torch.Tensor:
     return (l1 * frames.abs().sum(-1) + l2 * torch.linalg.vector_norm(frames, dim=-1)).mean()
 
 
-def r3m_loss(frames, texts, times, temperature: float = 1.0, head=None, negatives: int = 3,
-             tcn_weight: float = 1.0, l1: float = 1e-5, l2: float = 1e-5,
-             perms_language=None, perms_tcn=None) -> torch.Tensor:
-    """R3M: TCN, and a score G(o0, o, l) of progress under the instruction that grows with time.
+def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
+             l1: float = 1e-5, l2: float = 1e-5) -> torch.Tensor:
+    """R3M: TCN, and a score G(o, l) of progress under the instruction that grows with time.
 
-        L = L_tcn + mean 1/3 sum_(pos, neg) -log p(pos) + l1 |x|_1 + l2 |x|_2,  where G(o0, pos, l)
-        competes with G(o0, neg, l) and, under the SAME sentence, pos of other videos;
-        (pos, neg) = (end, start), (s1, s0), (s2, s1)
+        L = L_tcn + mean 1/3 sum_(pos, neg) -log p(pos) + l1 |x|_1 + l2 |x|_2,  where G(pos, l)
+        competes with G(neg, l) and, under the SAME sentence, with G(pos, l) of other videos' pos;
+        (pos, neg) = (end, start), (s1, s0), (s2, s1);  G = cos / temperature
 
     A later frame wins against an earlier one, the right video against the wrong one: a reward must
     tell both. With unit vectors and no temperature the softmax is nearly flat: small gradients.
-    Source: Nair et al., 2203.12601, r3m/trainer.py. Differs: the official head is an MLP over
-    frozen DistilBERT; here G = cos(o, l) / temperature, since the cosine is the reward that is
-    tested (pass `head(start, frame, text) -> (B,)` for another), and s2 = end, unless a sixth
-    frame is the end. A text of zeros = no caption. perms_language: (negatives, 3, B), one for each
-    of the three pairs.
+    Source: Nair et al., 2203.12601, r3m/trainer.py. Differs: the official head is an MLP over the
+    first frame, this one and frozen DistilBERT; ours is the cosine, the reward that is tested; and
+    s2 = end, unless a sixth frame is the end. A text of zeros = no caption.
     """
     start, s0, _, s1, s2 = frames[:, :5].unbind(1)
     end = frames[:, -1]
-    score = head or (lambda _, frame, text: cosine(frame, text) / temperature)
-    if perms_language is None:
-        perms_language = shifts(negatives, len(frames))[:, None].expand(-1, 3, -1)
     language = 0
-    for h, (positive, negative) in enumerate([(end, start), (s1, s0), (s2, s1)]):
-        others = [score(start[perm], positive[perm], texts) for perm in perms_language[:, h]]
+    for positive, negative in ((end, start), (s1, s0), (s2, s1)):
+        rivals = [negative, *(positive[perm] for perm in shifts(negatives, len(frames)))]
         language = language + softmax_loss(
-            score(start, positive, texts), [score(start, negative, texts), *others]) / 3
+            cosine(positive, texts) / temperature,
+            [cosine(rival, texts) / temperature for rival in rivals]) / 3
     captioned = texts.any(dim=-1)  # (B,)
-    tcn = tcn_loss(frames, texts, times, temperature, negatives=negatives, perms=perms_tcn)
+    tcn = tcn_loss(frames, texts, times, temperature, negatives)
     used = torch.stack([start, s0, s1, s2, end])
-    return tcn_weight * tcn + (captioned * language).mean() + norm_penalty(used, l1, l2)
+    return tcn + (captioned * language).mean() + norm_penalty(used, l1, l2)
 
 
 def value_loss(value, start, now, next, goal, gamma: float, perms: torch.Tensor) -> torch.Tensor:
@@ -776,7 +770,7 @@ def value_loss(value, start, now, next, goal, gamma: float, perms: torch.Tensor)
 
 
 def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, negatives: int = 3,
-             l1: float = 1e-3, l2: float = 1e-3, perms=None) -> torch.Tensor:
+             l1: float = 1e-3, l2: float = 1e-3) -> torch.Tensor:
     """VIP: the distance to the goal image counts the steps still to go, learnt as a value function.
 
         V(o; og) = -scale |o - og|;  L = value_loss(V) + l1 |x|_1 + l2 |x|_2
@@ -786,39 +780,41 @@ def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, nega
     stops it. With unit vectors and scale 1, V lies in [-2, 0], while a goal 23 frames away should
     get -(1 - .98^23) / .02 = -18.6: the scale is ours.
     Source: Ma et al., 2210.00030, vip/trainer.py and the released Ego4D constants. Differs: the
-    goal is the end of the episode rather than of a random part of it. perms: (negatives, B).
+    goal is the end of the episode rather than of a random part of it.
     """
     start, now, next, _, goal = frames.unbind(1)
-    perms = shifts(negatives, len(frames)) if perms is None else perms
-    return (value_loss(lambda a, b: scale * negative_distance(a, b), start, now, next, goal, gamma,
-                       perms) + norm_penalty(torch.stack([start, goal, now, next]), l1, l2))
+
+    def value(a, b):
+        return scale * negative_distance(a, b)
+
+    return (value_loss(value, start, now, next, goal, gamma, shifts(negatives, len(frames)))
+            + norm_penalty(torch.stack([start, goal, now, next]), l1, l2))
 
 
-def liv_loss(frames, texts, times, temperature: float = 1.0, similarity=cosine,
-             gamma: float = 0.98, language_weight: float = 0.0, negatives: int = 0,
-             perms_vision=None, perms_language=None) -> torch.Tensor:
+def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98,
+             language_weight: float = 0.0, negatives: int = 0) -> torch.Tensor:
     """LIV: VIP in the space of CLIP, so that the instruction can stand where the goal image stood.
 
-        V(o; og) = S(o, og) / (1 - gamma), S = cos;  M_ij = cos(og_i, l_j) / temperature
+        V(o; og) = cos(o, og) / (1 - gamma);  M_ij = cos(og_i, l_j) / temperature
         L = matching_loss(M) + value_loss(V; goal og) + w_lang value_loss(V; goal l)
 
     The division makes room for V to count steps. The CLIP term has logit scale 1, on cosines nearly
     flat: 40 captions start at log 40 = 3.69, and end at best at log(1 + 39 exp(-40/39)) = 2.71.
     Source: Ma et al., 2306.00958, liv/trainer.py with the constants of its finetune.yaml (where
     w_lang = 0 and negatives = 0), where the frame that meets the caption is the end: the last of
-    `frames`, a sixth if there is one. Differs: only in the batch. perms_...: (negatives, B).
+    `frames`, a sixth if there is one. Differs: only in the batch.
     """
     start, now, next, _, goal = frames[:, :5].unbind(1)
-    perms_vision = shifts(negatives, len(frames)) if perms_vision is None else perms_vision
-    perms_language = shifts(negatives, len(frames)) if perms_language is None else perms_language
 
     def value(a, b):
-        return similarity(a, b) / (1 - gamma)
+        return cosine(a, b) / (1 - gamma)
 
     loss = matching_loss(cosine(frames[:, None, -1], texts) / temperature)
-    loss = loss + value_loss(value, start, now, next, goal, gamma, perms_vision)
-    return loss + language_weight * value_loss(
-        value, start, now, next, texts, gamma, perms_language)
+    for goal, weight in ((goal, 1.0), (texts, language_weight)):
+        if weight:
+            loss = loss + weight * value_loss(
+                value, start, now, next, goal, gamma, shifts(negatives, len(frames)))
+    return loss
 
 
 def expectile_loss(value, target, next_target, success, gamma, expectile) -> torch.Tensor:
