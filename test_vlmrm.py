@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.torch import load_file
 import vlmrm
 
 HERE = Path(__file__).resolve().parent
+report, study = vlmrm.companion("report"), vlmrm.companion("study")
 LOSSES = {name: loss for name, loss in vlmrm.OBJECTIVES.items() if loss}
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
@@ -539,42 +539,74 @@ def test_voc_is_scipys_spearman_and_opengvls_value():
         assert vlmrm.value_order_correlation(arrays[key][None])[0] == pytest.approx(results[name])
 
 
-def accuracy(values, rewards, diagonal, threshold=0.1):
+def accuracy(values, rewards, threshold=0.1):
     correct, total = vlmrm.pair_counts(values, rewards, threshold)
-    mask = np.eye(len(values)) if diagonal else 1 - np.eye(len(values))
-    return (correct * mask).sum() / (total * mask).sum()
+    return correct.sum() / total.sum()
 
 
 def test_ranking_accuracy_by_hand():
-    """One episode, rewards 0 1 2, values 0 2 2: pairs (0,1) right, (0,2) right, (1,2) a tie, 1/2:
-    2.5 of 3. With a threshold of 1 only (0,2) is left: 1 of 1."""
-    values, rewards = np.array([[0.0, 2, 2]]), np.array([[0.0, 1, 2]])
-    assert accuracy(values, rewards, diagonal=True) == pytest.approx(2.5 / 3)
-    assert accuracy(values, rewards, diagonal=True, threshold=1.0) == 1
-    assert accuracy(-values, rewards, diagonal=True) == pytest.approx(0.5 / 3)
+    """Rewards 0 1 2, values 0 2 2: pairs (0,1) right, (0,2) right, (1,2) a tie, 1/2: 2.5 of 3. With
+    a threshold of 1 only (0,2) is left: 1 of 1."""
+    values, rewards = np.array([0.0, 2, 2]), np.array([0.0, 1, 2])
+    assert accuracy(values, rewards) == pytest.approx(2.5 / 3)
+    assert accuracy(values, rewards, threshold=1.0) == 1
+    assert accuracy(-values, rewards) == pytest.approx(0.5 / 3)
+    correct, total = vlmrm.pair_counts(values, rewards)
+    assert correct.tolist() == [2, 1.5, 1.5] and total.tolist() == [2, 2, 2]  # of each frame
 
 
-@pytest.mark.parametrize("diagonal", [True, False])
-def test_ranking_accuracy_is_the_double_loop(diagonal):
-    rng = np.random.default_rng(1)
-    values = rng.integers(0, 5, size=(4, 6)).astype(float)
-    rewards = rng.integers(0, 20, size=(4, 6)) / 10
-    right = pairs = 0
-    for i, a in np.ndindex(4, 6):
-        for j, b in np.ndindex(4, 6):
-            if (i == j) == diagonal and rewards[i, a] - rewards[j, b] > 0.1:
-                pairs += 1
-                right += (values[i, a] > values[j, b]) + (values[i, a] == values[j, b]) / 2
-    assert accuracy(values, rewards, diagonal) == pytest.approx(right / pairs)
-    assert accuracy(-values, rewards, diagonal) == pytest.approx(1 - right / pairs)
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 60])
+def test_pair_counts_are_the_double_loop(n):
+    rng = np.random.default_rng(n)
+    values, rewards = rng.integers(0, 9, size=n).astype(float), rng.integers(0, 40, size=n) / 9
+    correct, total = np.zeros((2, n))
+    for a, b in np.ndindex(n, n):
+        if abs(rewards[a] - rewards[b]) > 0.1:
+            total[a] += 1
+            correct[a] += ((values[a] > values[b]) == (rewards[a] > rewards[b])) * (
+                values[a] != values[b]) + (values[a] == values[b]) / 2
+    for found, expected in zip(vlmrm.pair_counts(values, rewards), (correct, total)):
+        assert found.tolist() == expected.tolist()
+
+
+def test_count_below_is_a_loop():
+    rng = np.random.default_rng(6)
+    ranks, first, limits = rng.integers(0, 20, 50), rng.integers(0, 51, 30), rng.integers(0, 25, 30)
+    assert vlmrm.count_below(ranks, first, limits).tolist() == [
+        sum(rank < limit for rank in ranks[:k]) for k, limit in zip(first, limits)]
 
 
 def test_pair_accuracy_of_a_constant_is_one_half_and_matches_kendall():
     rng = np.random.default_rng(2)
-    rewards, values = rng.random((1, 30)), rng.random((1, 30))
-    assert accuracy(np.zeros((1, 30)), rewards, True) == 0.5
-    tau = scipy.stats.kendalltau(values[0], rewards[0]).statistic  # no ties: tau = 2 accuracy - 1
-    assert accuracy(values, rewards, True, threshold=0.0) == pytest.approx((tau + 1) / 2)
+    rewards, values = rng.random(30), rng.random(30)
+    assert accuracy(np.zeros(30), rewards) == 0.5
+    tau = scipy.stats.kendalltau(values, rewards).statistic  # no ties: tau = 2 accuracy - 1
+    assert accuracy(values, rewards, threshold=0.0) == pytest.approx((tau + 1) / 2)
+
+
+def test_task_metrics_are_those_of_the_pairs_and_of_episodes_drawn_again():
+    """Within and across against masks over all pairs of frames; the bootstrap's intervals of pairs
+    across episodes against one that draws episodes and counts all their pairs, the long way."""
+    rng = np.random.default_rng(7)
+    E, T = 30, 8
+    rewards = rng.random((E, T)) * 10
+    values = rewards + rng.normal(0, 4, (E, 1)) + rng.normal(0, 4, (E, T))
+    rows = vlmrm.task_metrics(rng, np.array(["mixed"] * E), rewards, rewards > 5, {"": values}, {})
+    v, r = values.ravel(), rewards.ravel()
+    better = r[:, None] - r > 0.1
+    right = better * (v[:, None] > v)
+    right, better = (pairs.reshape(E, T, E, T).sum((1, 3)) for pairs in (right, better))
+    diagonal = np.eye(E)
+    assert rows["ranking_accuracy_within"][0] == pytest.approx(
+        (right * diagonal).sum() / (better * diagonal).sum())
+    assert rows["ranking_accuracy_across"][0] == pytest.approx(
+        (right * (1 - diagonal)).sum() / (better * (1 - diagonal)).sum())
+    draws = []
+    for _ in range(1000):
+        w = rng.multinomial(E, np.full(E, 1 / E))
+        pairs = np.outer(w, w) * (1 - diagonal)
+        draws.append((right * pairs).sum() / (better * pairs).sum())
+    assert rows["ranking_accuracy_across"][1:].std() == pytest.approx(np.std(draws), rel=0.15)
 
 
 def test_epic_by_hand_and_against_scipy():
@@ -601,23 +633,30 @@ def test_epic_golden():
 
 
 def test_success_auroc_by_hand():
-    """Successes score .9 and .4, failures .4 and .1: (1 + 1 + 1/2 + 1) / 4."""
-    correct, total = vlmrm.pair_counts(np.array([[0.9], [0.4], [0.4], [0.1]]),
-                                       np.array([[1.0], [1], [0], [0]]))
-    assert vlmrm.weighted_ratio(np.ones((1, 4)), correct, total)[0] == pytest.approx(3.5 / 4)
+    """Successes score .9 and .4, failures .4 and .1: (1 + 1 + 1/2 + 1) / 4. With the first success
+    counted twice and the first failure not at all: (1 + 1 + 1) / 3. Without failures: undefined."""
+    values, success = np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])
+    weights = np.array([[1.0, 1, 1, 1], [2, 1, 0, 1], [1, 1, 0, 0]])
+    auroc = vlmrm.success_auroc(weights, values, success)
+    assert auroc[:2] == pytest.approx([3.5 / 4, 1]) and np.isnan(auroc[2])
+
+
+def test_success_auroc_is_mann_whitneys_u():
+    rng = np.random.default_rng(8)
+    values, success = rng.integers(0, 9, 40).astype(float), rng.random(40) < 0.4
+    u = scipy.stats.mannwhitneyu(values[success], values[~success]).statistic
+    found = vlmrm.success_auroc(np.ones((1, 40)), values, success)[0]
+    assert found == pytest.approx(u / (success.sum() * (~success).sum()))
 
 
 def test_weighted_ratio_is_the_ratio_of_the_repeated_episodes():
     rng = np.random.default_rng(4)
-    correct, total = rng.random((5, 5)), 1 + rng.random((5, 5))
+    above, below = rng.random(5), 1 + rng.random(5)
     picked = [0, 0, 3, 4, 4, 4]
     weights = np.bincount(picked, minlength=5)[None].astype(float)
-    block = np.ix_(picked, picked)
-    assert vlmrm.weighted_ratio(weights, correct, total)[0] == pytest.approx(
-        correct[block].sum() / total[block].sum())
-    assert vlmrm.weighted_ratio(weights, correct[0], total[0])[0] == pytest.approx(
-        correct[0, picked].sum() / total[0, picked].sum())
-    assert np.isnan(vlmrm.weighted_ratio(weights, correct[0] * 0, total[0] * 0)[0])
+    assert vlmrm.weighted_ratio(weights, above, below)[0] == pytest.approx(
+        above[picked].sum() / below[picked].sum())
+    assert np.isnan(vlmrm.weighted_ratio(weights, above * 0, below * 0)[0])
 
 
 def test_best_of_is_the_mean_over_all_draws():
@@ -626,7 +665,7 @@ def test_best_of_is_the_mean_over_all_draws():
     for n in range(1, 8):
         draws = [max(draw, key=lambda i: values[i])
                  for draw in itertools.combinations(range(7), n)]
-        assert vlmrm.best_of(values, truth, n) == pytest.approx(truth[draws].mean())
+        assert study.best_of(values, truth, n) == pytest.approx(truth[draws].mean())
 
 
 def test_paired_p_values_by_hand():
@@ -637,10 +676,10 @@ def test_paired_p_values_by_hand():
     scores = {"triplet": reference, "a": reference + gaps}
     for name, flipped in (("b", 0), ("c", 1)):
         scores[name] = reference + np.where(np.arange(10) == flipped, -gaps, gaps)
-    p = vlmrm.paired_p_values(scores, "triplet")
+    p = study.paired_p_values(scores, "triplet")
     assert p == pytest.approx({"a": 6 / 1024, "b": 8 / 1024, "c": 8 / 1024})
     equal = {"triplet": reference, "same": reference}
-    assert vlmrm.paired_p_values(equal, "triplet") == {"same": 1}
+    assert study.paired_p_values(equal, "triplet") == {"same": 1}
 
 
 # -----------------------------------------------------------------------------
@@ -724,14 +763,16 @@ def toy(tmp_path_factory):
     return vlmrm.Dataset(path)
 
 
-def test_frames_survive_packing():
+def test_frames_survive_packing(tmp_path):
     rng = np.random.default_rng(0)
     smooth = np.linspace(0, 200, 64).astype(np.uint8)[None, None, :, None]
     frames = np.broadcast_to(smooth, (6, 64, 64, 3)) + rng.integers(0, 9, (6, 1, 1, 3), np.uint8)
-    strip = np.frombuffer(vlmrm.encode_frames(frames), np.uint8)
-    data = vlmrm.Dataset.__new__(vlmrm.Dataset)
-    data.strips, data.offsets, data.T = strip, np.array([0, len(strip)]), 6
-    assert np.abs(data.unpack(0).astype(int) - frames).mean() < 4
+    episode = toy_episode("reach-v3", 0, T=6, size=64) | {
+        "strip": vlmrm.encode_frames(frames), "split": "test"}
+    vlmrm.write_dataset(tmp_path / "one.npz", [episode])
+    data = vlmrm.Dataset(tmp_path / "one.npz")
+    assert np.abs(data.frames(0).astype(int) - frames).mean() < 4
+    assert data.load([0, 0], every=4).shape == (2, 2, 64, 64, 3)
 
 
 def test_batch_is_ordered_distinct_and_from_different_tasks():
@@ -1040,18 +1081,16 @@ def test_load_reward_model(finished, frames):
 
 
 def test_goal_image_rewards_by_hand():
-    """Experts of one task end at e0 and e1, a failure anywhere; a task with a single expert has no
-    goal image but its own, and no reward. Frames at e0, then at the end of the episode."""
-    ends = [E0, E1, -E1, E1]
-    frames = torch.stack([torch.stack([E0, end]) for end in ends])  # (4, 2, 2)
-    values = vlmrm.goal_image_rewards(frames, np.array(["a", "a", "a", "b"]),
-                                      np.array([True, True, False, True]))
+    """Experts end at e0 and e1, a failure at -e1; all start at e0. Goals are the ends of the other
+    experts: a single expert has none, and no reward."""
+    frames = torch.stack([torch.stack([E0, end]) for end in (E0, E1, -E1)])  # (3, 2, 2)
+    values = vlmrm.goal_image_rewards(frames, np.array([True, True, False]))
     away = -(2**0.5)
     np.testing.assert_allclose(values, [
         [away, away],                         # goal e1
         [0, away],                            # goal e0
-        [away / 2, (away - 2) / 2],           # goals e0 and e1
-        [0, 0]], atol=1e-6)
+        [away / 2, (away - 2) / 2]], atol=1e-6)  # goals e0 and e1
+    assert (vlmrm.goal_image_rewards(frames[:1], np.array([True])) == 0).all()
 
 
 def test_own_rewards(toy, sentences):
@@ -1081,8 +1120,8 @@ def small_study(toy, tmp_path, monkeypatch):
     """A study of a few objectives on the toy data; returns the program with those options."""
     names = ("zeroshot", "tcn", "preference-oracle", "triplet")
     monkeypatch.setattr(vlmrm, "OBJECTIVES", {name: vlmrm.OBJECTIVES[name] for name in names})
-    monkeypatch.setattr(vlmrm, "GRID", {"triplet": ("margin", (0.1, 0.05, 0.2))})
-    monkeypatch.setattr(vlmrm, "TUNED", {"triplet": (5e-4, 0.2)})
+    monkeypatch.setattr(study, "GRID", {"triplet": ("margin", (0.1, 0.05, 0.2))})
+    monkeypatch.setattr(vlmrm, "TUNED", {"triplet": (5e-4, {"margin": 0.2})})
     return lambda *options: vlmrm.main([
         "--steps", "1", "--batch", "3", "--data", str(toy.path), "--runs", str(tmp_path),
         "--device", "cpu", *options])
@@ -1123,7 +1162,7 @@ def test_study_and_ensemble(small_study, tmp_path, capsys):
                     <= np.array(found["simulator"][group]["best_of"]) + 1e-9).all()
 
     assert small_study("--objective", "all", "--seeds", "2", "--batch", "2") == 2
-    assert "was made with other settings (batch)" in capsys.readouterr().err
+    assert "was made with other settings or data (batch)" in capsys.readouterr().err
 
 
 def test_tune_tries_four_settings_and_remembers_them(small_study, tmp_path, capsys):
@@ -1146,12 +1185,13 @@ def test_tune_tries_four_settings_and_remembers_them(small_study, tmp_path, caps
 def test_tuned_settings_are_those_that_won():
     tuning = json.loads((HERE / "data" / "results" / "tuning.json").read_text())
     assert tuning.pop("settings")["steps"] == vlmrm.parse_arguments([]).steps
-    assert set(tuning) == set(vlmrm.GRID) == set(vlmrm.TUNED) == set(LOSSES)
+    assert set(tuning) == set(study.GRID) == set(vlmrm.TUNED) == set(LOSSES)
     for name, scores in tuning.items():
-        learning_rate, value = vlmrm.TUNED[name]
-        assert len(scores) == 4
+        learning_rate, constants = vlmrm.TUNED[name]
+        assert len(scores) == 4 and list(constants) == [study.GRID[name][0]]
+        (constant, value), = constants.items()
         assert max(scores, key=scores.get) == (
-            f"learning rate {learning_rate:g}, {vlmrm.GRID[name][0]} {value:g}")
+            f"learning rate {learning_rate:g}, {constant} {value:g}")
 
 
 # -----------------------------------------------------------------------------
@@ -1165,6 +1205,7 @@ def test_help():
 
 
 @pytest.mark.parametrize("arguments, says", [
+    (["--objective", "tripplet"], "nearest names are triplet"),
     (["--backbone", "ViT-B-23"], "ViT-B-32"),
     (["--backbone", "ViT-B-32"], "laion2b_s34b_b79k"),
     (["--backbone", "ViT-B-32", "--pretrained", "nonsense"], "openai"),
@@ -1186,7 +1227,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, says, capsys, monkeypa
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--objective", "best"], ["--steps", "0"], ["--seed", "x"], ["--learning-rate", "-1"]])
+    ["--steps", "0"], ["--device", "tpu"], ["--seed", "x"], ["--learning-rate", "-1"]])
 def test_argparse_refuses(arguments):
     with pytest.raises(SystemExit, match="2"):
         vlmrm.parse_arguments(arguments)
@@ -1209,10 +1250,9 @@ def test_readme_commands_parse():
 
 
 def test_readme_and_header_show_the_saved_results():
-    report = runpy.run_path(str(HERE / "data" / "report.py"))
-    for name, table in report["tables"](HERE / "data" / "results").items():
+    for name, table in report.tables(HERE / "data" / "results").items():
         assert table in README, f"run python data/report.py: the table {name} of README.md is old"
-    runs, shown, _ = report["load"](HERE / "data" / "results")
+    runs, shown, _ = report.load(HERE / "data" / "results")
     for metric in ("voc", "ranking_accuracy_within"):
         for group in ("seen", "unseen"):
             values = [run[group][metric]["value"] for run in runs["triplet", shown["triplet"]]]
@@ -1230,7 +1270,7 @@ def test_saved_results_are_of_this_code_and_data():
         args = vlmrm.parse_arguments([
             "--objective", result["objective"], "--seed", str(result["seed"]),
             "--setting", result["config"]["setting"]])
-        expected = json.loads(json.dumps(vlmrm.configuration(args)), parse_float=vlmrm.round_to_4)
+        expected = json.loads(json.dumps(vlmrm.configuration(args)), parse_float=study.round_to_4)
         assert {key: result["config"][key] for key in expected} == expected
     trained = {(run["objective"], run["seed"]) for run in results if LOSSES.get(run["objective"])}
     assert trained == set(itertools.product(LOSSES, range(3)))

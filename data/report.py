@@ -104,9 +104,9 @@ def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, 
         strip.set_title(("expert" if expert else "failed attempt") + (
             ", task never trained on" if task in vlmrm.UNSEEN_TASKS else ""),
             loc="right", fontsize=10)
-        correct, total = vlmrm.pair_counts(values[None], rewards[None])
+        correct, total = vlmrm.pair_counts(values, rewards)
         merit = (f"VOC {vlmrm.value_order_correlation(values[None])[0]:.2f}" if expert else
-                 f"ranking accuracy {correct[0, 0] / total[0, 0]:.2f}")
+                 f"ranking accuracy {correct.sum() / total.sum():.2f}")
         for axis, y, color, label in (
                 (curve, values, "#c8384e", f"model: cos(frame, sentence), {merit}"),
                 (truth, rewards, "#30638e", "simulator's reward")):
@@ -121,6 +121,20 @@ def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, 
         truth.set_xlabel("simulator step", fontsize=8.5, color="0.35", labelpad=1)
         truth.set_ylim(0, 14)
         truth.set_yticks([0, 10])
+    figure.savefig(path, dpi=110)
+
+
+def draw_video(frames: np.ndarray, rewards: np.ndarray, instruction: str, path: Path) -> None:
+    """A film strip of frames (N, H, W, 3) and, beneath it, the reward of each."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    strip, curve = figure.subplots(2, 1, height_ratios=[1, 2])
+    strip.imshow(film_strip(frames, min(8, len(frames))))
+    strip.set_axis_off()
+    strip.set_title(f"“{instruction}”", loc="left", fontweight="bold", wrap=True)
+    curve.plot(rewards, color=UNSEEN, lw=2, marker="o", ms=3)
+    curve.set_xlabel("frame")
+    curve.set_ylabel("reward: cos(frame, sentence)")
+    curve.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
@@ -161,7 +175,7 @@ def against_triplet(runs, shown, group: str, metric: str):
               for name, setting in shown.items()
               if vlmrm.OBJECTIVES.get(name) and name not in vlmrm.ORACLES}
     return ({name: values - scores["triplet"] for name, values in scores.items()
-             if name != "triplet"}, vlmrm.paired_p_values(scores, "triplet"))
+             if name != "triplet"}, vlmrm.companion("study").paired_p_values(scores, "triplet"))
 
 
 def comparison_table(runs, shown) -> str:
