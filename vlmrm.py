@@ -82,10 +82,17 @@ def positive(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train and test vision-language reward models on Meta-World, one learning "
                     "objective at a time.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda problem: parser.exit(2, f"vlmrm: {problem}; see --help\n")
     what = parser.add_argument_group("what to do")
     what.add_argument("--objective", default="triplet", metavar="NAME",
                       help="what to train the backbone with, then evaluate: triplet, preference, "
@@ -126,7 +133,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--name", help="of the run's own folder; not given, objective and seed, "
                           "or study")
     reward = parser.add_argument_group("reward of goal-baseline")
-    reward.add_argument("--alpha", type=float, default=0.5, help="0 is the cosine, 1 the direction "
+    reward.add_argument("--alpha", type=share, default=0.5, help="0 is the cosine, 1 the direction "
                         "from baseline to goal alone")
     reward.add_argument("--baseline", default="a robot arm over a table", help="the scene before")
     use = parser.add_argument_group("use (with --score)")
@@ -266,6 +273,17 @@ def open_task(task: str, size: int):
     return env, policies[task], renderer
 
 
+def draw(renderer, snapshots: list, size: int) -> np.ndarray:
+    """Pictures of snapshots of the simulator: uint8 (T, S, S, 3)."""
+    frames = np.empty((len(snapshots), size, size, 3), np.uint8)
+    for frame, snapshot in zip(frames, snapshots):
+        renderer.update_scene(snapshot, camera="corner4")
+        # The camera hangs upside down. Turn the picture, which flips BOTH axes: flipping the rows
+        # alone looks right, but mirrors the scene, and left becomes right.
+        frame[:] = renderer.render()[::-1, ::-1]
+    return frames
+
+
 def encode_frames(frames: np.ndarray) -> bytes:
     """Pack one episode, uint8 (T, S, S, 3), into one WebP: a strip of its frames, top to bottom.
 
@@ -304,12 +322,7 @@ def collect_task(job: dict) -> list[dict]:
         if not mixed and not any(successes):
             continue
         steps = np.linspace(0, len(snapshots) - 1, job["frames"]).round().astype(int)
-        frames = np.empty((len(steps), size, size, 3), np.uint8)
-        for i, step in enumerate(steps):
-            renderer.update_scene(snapshots[step], camera="corner4")
-            # The camera hangs upside down. Turn the picture, which flips BOTH axes: flipping the
-            # rows alone looks right, but mirrors the scene, and left becomes right.
-            frames[i] = renderer.render()[::-1, ::-1]
+        frames = draw(renderer, [snapshots[step] for step in steps], size)
         # Success may flicker between two frames: a flag covers all steps since the frame before.
         since = np.minimum(np.r_[0, steps[:-1] + 1], steps)
         episodes.append({
@@ -1138,6 +1151,16 @@ def to_device(model: RewardModel, device: torch.device) -> RewardModel:
     return model.to(device)
 
 
+def training_episodes(data: Dataset, batch: int) -> dict[str, np.ndarray]:
+    """The episodes to train on, {task: indices}. Raises InputError if a batch needs more tasks."""
+    train_set = data.select(split="train", source="expert")
+    tasks = np.unique(data.task[train_set])
+    if batch > len(tasks):
+        raise InputError(f"--batch {batch} needs as many tasks to train on, and {data.path} has "
+                         f"{len(tasks)}: every video of a batch comes from another task")
+    return {task: train_set[data.task[train_set] == task] for task in tasks}
+
+
 def sample_batch(episodes: dict[str, np.ndarray], T: int, rng, batch: int):
     """Draw one video of each of `batch` different tasks, and five frames of each video.
 
@@ -1167,12 +1190,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
     Raises InputError when the loss stops being finite, with the step and what broke.
     """
     device, rng = model.mean.device, np.random.default_rng(seed)
-    train_set = data.select(split="train", source="expert")
-    episodes = {task: train_set[data.task[train_set] == task]
-                for task in np.unique(data.task[train_set])}
-    if batch > len(episodes):
-        raise InputError(f"--batch {batch} needs as many tasks to train on, and {data.path} has "
-                         f"{len(episodes)}: every video of a batch comes from another task")
+    episodes = training_episodes(data, batch)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
         weights, lr=learning_rate, weight_decay=0.01, fused=device.type in ("cuda", "cpu"))
@@ -1598,9 +1616,10 @@ def locked(folder: Path):
     try:
         with FileLock(folder / "lock", blocking=False):
             yield
+            with contextlib.suppress(OSError):  # Windows does not remove what is open
+                (folder / "lock").unlink()
     except Timeout:
         raise InputError(f"{folder} is in use by another process: choose another --name") from None
-    (folder / "lock").unlink(missing_ok=True)
 
 
 def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float,
@@ -1614,6 +1633,8 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
     config = configuration(args)
     if (folder / "config.json").exists():
         refuse_other_settings(folder, config)
+    if OBJECTIVES[args.objective]:
+        training_episodes(data, args.batch)  # refuses what cannot be, before there is a folder
     model = prepare_model(args)
     with locked(folder):
         write_json(folder / "config.json", config | {
