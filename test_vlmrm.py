@@ -10,17 +10,23 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("MUJOCO_GL", "osmesa")  # gymnasium imports mujoco, which reads it once
+
+import gymnasium
+import imageio.v3 as imageio
 import numpy as np
 import open_clip
 import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 import vlmrm
@@ -517,8 +523,57 @@ def test_shifts_never_pair_a_video_with_itself():
         assert (perms.sort(dim=1).values == torch.arange(batch)).all()
 
 
+# How many videos a loss has to see until its negatives are all the others: then the order of the
+# videos in the batch cannot matter.
+ORDER_FREE = {"tcn": 4, "tcn-text": 4, "r3m": 4, "vip": 4, "vip-text": 4, "progress": 2, "hilp": 2,
+              "hilp-text": 2}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_on_random_batches_of_any_shape(name):
+    """Finite, with a finite gradient, and blind to the order of the videos."""
+    rng = np.random.default_rng(9)
+    for draw in range(30):
+        B, D = int(rng.integers(1, ORDER_FREE.get(name, 9) + 1)), int(rng.integers(2, 40))
+        frames = (unit(B, 5, D, seed=draw) * 10 ** rng.uniform(-3, 3)).requires_grad_()
+        texts = unit(B, D, seed=draw + 100)
+        times = torch.from_numpy(np.sort(rng.random((B, 5)), axis=1))
+        loss = LOSSES[name](frames, texts, times)
+        assert loss.shape == () and torch.isfinite(loss)
+        loss.backward() if loss.requires_grad else None  # one video alone: nothing to contrast
+        assert frames.grad is None or torch.isfinite(frames.grad).all()
+        order = torch.from_numpy(rng.permutation(B))
+        again = LOSSES[name](frames[order], texts[order], times[order])
+        assert again.item() == pytest.approx(loss.item(), rel=1e-9, abs=1e-9)
+
+
 # -----------------------------------------------------------------------------
 # Metrics
+
+
+def test_metrics_stay_in_range_ignore_increasing_maps_and_flip():
+    rng = np.random.default_rng(10)
+    for _ in range(50):
+        E, T = rng.integers(2, 7), rng.integers(2, 12)
+        values = rng.integers(0, 30, (E, T)) * 10.0 ** rng.integers(-3, 4)
+        rewards, success = rng.random((E, T)) * 10, rng.random((E, T)) < 0.5
+        source = np.array(["mixed"] * E)
+
+        def metrics(v):
+            voc = vlmrm.value_order_correlation(v)
+            rows = vlmrm.task_metrics(np.random.default_rng(0), source, rewards, success, {"": v},
+                                      {"voc": (voc, np.ones(E))})
+            return {metric: row[0] for metric, row in rows.items()}
+
+        found, mapped, negated = metrics(values), metrics(np.cbrt(values) + 3), metrics(-values)
+        for metric in ("voc", "ranking_accuracy_within", "ranking_accuracy_across",
+                       "success_auroc"):
+            low = -1 if metric == "voc" else 0
+            assert low <= found[metric] <= 1 or np.isnan(found[metric])
+            np.testing.assert_allclose(mapped[metric], found[metric], atol=1e-12)
+            np.testing.assert_allclose(negated[metric], low + 1 - found[metric], atol=1e-12)
+        assert 0 <= found["epic"] <= 1
+        np.testing.assert_allclose(found["epic"]**2 + negated["epic"]**2, 1, atol=1e-6)
 
 
 def test_voc_by_hand():
@@ -794,6 +849,66 @@ def test_select_and_missing_file(toy, tmp_path):
         vlmrm.Dataset(tmp_path / "pickled.npz")
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda a: a.pop("steps"), "steps"),
+    (lambda a: a.update(rewards=a["rewards"].astype(int)), "rewards is int64"),
+    (lambda a: a.update(success=a["success"][:, :3]), "success is bool"),
+    (lambda a: a["rewards"].__setitem__((0, 0), np.nan), "not finite"),
+    (lambda a: a.update(task=a["task"].astype(object)), "allow_pickle"),
+    (lambda a: a.update(offsets=a["offsets"][::-1]), "offsets"),
+    (lambda a: a.update(strips=a["strips"][:-1]), "offsets"),
+    (lambda a: a["split"].__setitem__(0, "x"), "unknown split or source 'x'"),
+    (lambda a: a["strips"].__setitem__(slice(0, 300), 0), "cannot identify image"),
+    (lambda a: a.update({key: a[key][:0] for key in a.keys() - {"offsets", "strips"}},
+                        offsets=a["offsets"][:1], strips=a["strips"][:0]), "0 episodes"),
+])
+def test_data_that_is_not_what_it_should_be_is_refused(toy, tmp_path, change, says):
+    arrays = {name: array.copy() for name, array in np.load(toy.path).items()}
+    change(arrays)
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(vlmrm.InputError, match=re.escape(says)):
+        vlmrm.Dataset(tmp_path / "bad.npz")
+
+
+def test_truncated_and_compressed_data_are_refused(toy, tmp_path):
+    whole = toy.path.read_bytes()
+    for length in np.random.default_rng(0).integers(0, len(whole), 10):
+        (tmp_path / "short.npz").write_bytes(whole[:length])
+        with pytest.raises(vlmrm.InputError, match="not a data set"):
+            vlmrm.Dataset(tmp_path / "short.npz")
+    np.savez_compressed(tmp_path / "packed.npz", **np.load(toy.path))
+    with pytest.raises(vlmrm.InputError, match="not compressed"):
+        vlmrm.Dataset(tmp_path / "packed.npz")
+
+
+def test_a_damaged_episode_is_named_when_it_is_needed(toy, tmp_path):
+    arrays = dict(np.load(toy.path))
+    first, last = arrays["offsets"][3:5]
+    arrays["strips"] = np.r_[arrays["strips"][:first], np.zeros(last - first, np.uint8),
+                             arrays["strips"][last:]]
+    np.savez(tmp_path / "bad.npz", **arrays)
+    data = vlmrm.Dataset(tmp_path / "bad.npz")
+    assert (data.frames(2) == toy.frames(2)).all()
+    with pytest.raises(vlmrm.InputError, match="episode 3 of .* is damaged"):
+        data.load([2, 3])
+
+
+def test_unpacked_episodes_stay_within_their_buffer(toy):
+    """The buffer is 256 MB whatever the data: as many episodes as fit, the oldest leave first."""
+    data = vlmrm.Dataset(toy.path)
+    assert data.frames.cache_info().maxsize == 256_000_000 // (3 * 10 * 32 * 32)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("{", "JSONDecodeError"), ("[1]", "AttributeError"), ('{"a": {}}', "instruction"),
+    ('{"a": {"instruction": "b", "paraphrases": ["c"]}}', "three paraphrases"),
+    ('{"a": {"instruction": "b", "paraphrases": ["c", "d", "e"], "opposite": "x"}}', "opposite")])
+def test_instructions_that_are_not_what_they_should_be(tmp_path, text, says):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(vlmrm.InputError, match=says):
+        vlmrm.load_instructions(tmp_path / "bad.json")
+
+
 # -----------------------------------------------------------------------------
 # Collection: needs metaworld and a graphics library
 
@@ -879,6 +994,33 @@ def test_score_is_the_cosine_and_does_not_depend_on_its_company(tiny, frames):
     assert rewards.shape == (3,) and rewards.dtype == np.float32
     assert (np.abs(rewards) <= 1 + 1e-6).all()
     assert tiny.score(frames[1:2], "open the drawer") == pytest.approx(rewards[1:2], abs=1e-5)
+
+
+@pytest.mark.parametrize("bad, says", [
+    (np.zeros((2, 8, 8), np.uint8), "uint8"), (np.zeros((2, 8, 8, 4), np.uint8), "(2, 8, 8, 4)"),
+    (np.zeros((2, 8, 8, 3)), "float64"), (np.zeros((0, 8, 8, 3), np.uint8), "(0, 8, 8, 3)"),
+    (np.zeros((8, 8, 3), np.uint8), "(8, 8, 3)")])
+def test_score_refuses_what_are_no_frames(tiny, bad, says):
+    with pytest.raises(vlmrm.InputError, match=re.escape(says)):
+        tiny.score(bad, "open the drawer")
+
+
+def test_score_takes_any_sentence_but_none_and_too_long_ones(tiny, frames):
+    tiny.eval()
+    for sentence in ("push", "żółć 🦾", "%s {} \\ \0", "<script>", "推"):
+        assert np.isfinite(tiny.score(frames[:, :7, :9], sentence)).all()
+    for sentence, says in (("", "empty"), (" \n", "empty"), (None, "empty"),
+                           ("push " * 23, "word pieces")):
+        with pytest.raises(vlmrm.InputError, match=says):
+            tiny.score(frames, sentence)
+
+
+def test_weights_that_are_not_finite_are_refused(tiny, tmp_path):
+    with torch.no_grad():
+        tiny.clip.visual.proj[0, 0] = torch.nan
+    vlmrm.save_weights(tiny, tmp_path / "model.safetensors")
+    with pytest.raises(vlmrm.InputError, match="clip.visual.proj is not finite"):
+        vlmrm.load_weights(tiny, tmp_path / "model.safetensors")
 
 
 def test_lora_starts_at_the_model_trains_only_itself_and_merges(tiny, frames):
@@ -1069,6 +1211,232 @@ def test_run_folder(finished):
     assert set(load_file(folder / "model.safetensors"))
 
 
+@pytest.fixture
+def program(toy, tmp_path):
+    """The program on the toy data, in this process."""
+    def run(*options):
+        return vlmrm.main(["--data", str(toy.path), "--steps", "6", "--batch", "3", "--device",
+                           "cpu", "--runs", str(tmp_path), *map(str, options)])
+    return run
+
+
+def without_times(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for entry in [metrics, *metrics["log"]]:
+        for key in ("seconds", "wall_seconds", "frames_per_second"):
+            entry.pop(key, None)
+    return metrics
+
+
+@pytest.mark.parametrize("options", [(), ("--lora", "2")])
+def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, monkeypatch, capsys, options):
+    """Ctrl-C after the third checkpoint of six: one line says how to go on, and the weights are
+    those of the run that was never stopped, bit for bit. (data/soak.py does it with kills.)"""
+    assert program("--name", "whole", *options) == 0
+    save, saved = vlmrm.save_checkpoint, []
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        saved.append(arguments)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(vlmrm, "save_checkpoint", save_and_stop)
+    assert program("--name", "stopped", *options) == 130
+    monkeypatch.setattr(vlmrm, "save_checkpoint", save)
+    folder = tmp_path / "stopped"
+    assert f"go on with: python vlmrm.py --resume {folder}" in capsys.readouterr().err
+    assert not (folder / "metrics.json").exists()
+    assert vlmrm.main(["--resume", str(folder)]) == 0
+    assert "4/6" in capsys.readouterr().err  # it did not start from the beginning
+    assert (folder / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert without_times(folder) == without_times(tmp_path / "whole")
+    assert {p.name for p in folder.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    assert vlmrm.main(["--resume", str(folder)]) == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(program, tmp_path, monkeypatch, capsys):
+    def refused(says):
+        capsys.readouterr()
+        assert vlmrm.main(["--resume", str(tmp_path / "run")]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "training" not in line]
+        assert len(lines) == 1 and says in lines[0]
+
+    refused("not the folder of a run")
+    monkeypatch.setattr(vlmrm, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        program("--name", "run")
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:5000])
+    refused("cannot go on from")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    vlmrm.write_json(tmp_path / "run" / "config.json", config | {"data_sha256": "other"})
+    refused("other settings or data (data_sha256)")
+    vlmrm.write_json(tmp_path / "run" / "config.json", config | {"data": "gone.npz"})
+    refused("no data set at gone.npz")
+
+
+def test_two_runs_into_one_folder(program, tmp_path, capsys):
+    with vlmrm.locked(tmp_path / "run"):
+        vlmrm.write_json(tmp_path / "run" / "config.json", vlmrm.configuration(
+            vlmrm.parse_arguments(["--steps", "6", "--batch", "3"])))
+        assert program("--name", "run") == 2
+        assert "exists: choose another --name" in capsys.readouterr().err
+        with pytest.raises(vlmrm.InputError, match="in use by another process"):
+            with vlmrm.locked(tmp_path / "run"):
+                pass
+    with vlmrm.locked(tmp_path / "run"):  # free again
+        pass
+
+
+def test_a_full_disk_ends_in_one_line(toy, tmp_path):
+    """A limit on the size of files stands in for a full disk: writing fails in the middle."""
+    resource = pytest.importorskip("resource")
+    result = subprocess.run(
+        [sys.executable, str(HERE / "vlmrm.py"), "--data", str(toy.path), "--steps", "1", "--batch",
+         "3", "--device", "cpu", "--runs", str(tmp_path), "--name", "full"], capture_output=True,
+        text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)))
+    lines = [line for line in result.stderr.splitlines() if line.startswith("vlmrm")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr and len(lines) == 1 and "too large" in lines[0]
+    assert {p.name for p in (tmp_path / "full").iterdir()} <= {"config.json", "lock"}
+    assert vlmrm.main(["--resume", str(tmp_path / "full")]) == 0  # once there is room again
+
+
+def test_a_folder_that_cannot_be_written(program, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert program("--name", "file/run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "file" in error
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.json"
+    vlmrm.write_json(path, {"old": 1})
+    with pytest.raises(ZeroDivisionError):
+        with vlmrm.whole_file(path) as unfinished:
+            unfinished.write_text('{"new":')
+            1 / 0
+    assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# -----------------------------------------------------------------------------
+# Use: videos, environments
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".mp4", ""])
+def test_score_a_video(finished, toy, tmp_path, capsys, suffix):
+    """An image, a GIF, a film and a folder of images, grey and transparent ones among them."""
+    path = tmp_path / f"clip{suffix}"
+    pictures = [Image.fromarray(frame).resize((64, 64)) for frame in toy.frames(0)]
+    if suffix == "":
+        path.mkdir()
+        for k, picture in enumerate(pictures):
+            picture.convert(["L", "RGBA", "RGB"][k % 3]).save(path / f"{k:02}.png")
+    elif suffix == ".mp4":
+        imageio.imwrite(path, np.stack([np.asarray(picture) for picture in pictures]), fps=5)
+    else:
+        pictures[0].save(path, **{".gif": {"save_all": True, "append_images": pictures[1:]}}.get(
+            suffix, {}))
+    assert vlmrm.main(["--score", str(path), "--instruction", "open the drawer", "--model",
+                       str(finished[0]), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rewards = [float(line.split()[1]) for line in printed[1:-1]]
+    assert len(rewards) == (1 if suffix == ".png" else 10) and "best frame" in printed[-1]
+    model = vlmrm.load_reward_model(finished[0], device="cpu")
+    frames = vlmrm.companion("score").read_frames(path)
+    assert model.score(frames, "open the drawer") == pytest.approx(rewards, abs=1e-4)
+    assert (tmp_path / "clip-rewards.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["no.mp4", "--instruction", "open"], "no video at no.mp4"),
+    (["README.md", "--instruction", "open"], "cannot read README.md"),
+    (["data", "--instruction", "open"], "has no pictures"),
+    (["README.md"], "--score needs the sentence"),
+    (["README.md", "--instruction", "open", "--model", "data"], "no trained model in data"),
+])
+def test_score_refuses_in_one_line(finished, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(HERE)
+    model = [] if "--model" in arguments else ["--model", str(finished[0])]
+    assert vlmrm.main(["--score", *arguments, *model]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and says in error
+
+
+class Corridor(gymnasium.Env):
+    """Five steps to the right end it. A frame shows how far one is, the reward is 1 a step."""
+    observation_space = gymnasium.spaces.Discrete(6)
+    action_space = gymnasium.spaces.Discrete(1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = 0
+        return 0, {}
+
+    def step(self, action):
+        self.place += 1
+        return self.place, 1.0, self.place == 5, False, {}
+
+    def render(self):
+        return np.full((8, 8, 3), 50 * self.place, np.uint8)
+
+
+class Brightness:
+    """Stands in for a model: the reward of a frame is its brightness."""
+
+    def score(self, frames, instruction):
+        return frames.mean((1, 2, 3)) / 255
+
+
+def episode_rewards(env):
+    env.reset(seed=0)
+    rewards, done = [], False
+    while not done:
+        _, reward, done, _, info = env.step(0)
+        assert info["environment_reward"] == 1
+        rewards.append(reward)
+    return rewards
+
+
+def test_wrapped_environment_gives_the_models_reward():
+    env = vlmrm.wrap_environment(Corridor(), Brightness(), "go right")
+    assert episode_rewards(env) == pytest.approx([50 * k / 255 for k in range(1, 6)])
+
+
+def test_shaping_leaves_the_discounted_return_alone():
+    """Shaping telescopes: the discounted sum differs by -r(first frame) only, here 0, whatever the
+    frames in between. That is why the best policy stays the best one."""
+    gamma = 0.9
+    env = vlmrm.wrap_environment(Corridor(), Brightness(), "go right", shaping=True, gamma=gamma)
+    rewards = episode_rewards(env)
+    discounts = gamma ** np.arange(5)
+    assert rewards != [1] * 5
+    assert (discounts * rewards).sum() == pytest.approx(discounts.sum())
+
+
+def test_wrapped_meta_world(finished):
+    """Around a real task, with the pictures that the model was trained on."""
+    pytest.importorskip("metaworld", reason="metaworld needs Python 3.10 to 3.13")
+    try:
+        env, policy, renderer = vlmrm.open_task("drawer-open-v3", size=48)
+    except vlmrm.InputError as problem:
+        pytest.skip(str(problem))
+    model = vlmrm.load_reward_model(finished[0], device="cpu")
+    wrapped = vlmrm.wrap_environment(
+        env, model, "open the drawer", render=lambda: vlmrm.draw(renderer, [env.data], 48)[0])
+    observation, _ = wrapped.reset()
+    for _ in range(3):
+        observation, reward, *_, info = wrapped.step(
+            np.clip(policy().get_action(observation), -1, 1))
+        picture = vlmrm.draw(renderer, [env.data], 48)
+        assert reward == pytest.approx(model.score(picture, "open the drawer")[0], abs=1e-5)
+        assert info["environment_reward"] >= 0
+    renderer.close()
+
+
 def test_load_reward_model(finished, frames):
     model = vlmrm.load_reward_model(finished[0], device="cpu")
     rewards = model.score(frames, "open the drawer")
@@ -1195,13 +1563,48 @@ def test_tuned_settings_are_those_that_won():
 
 
 # -----------------------------------------------------------------------------
+# Exercises: the checks know right from wrong; the solutions are the reader's
+
+
+def exercise(number, answer=None):
+    checks = vlmrm.companion("exercises").CHECKS
+    return checks[number]() if answer is None else checks[number](answer)
+
+
+def test_exercises_refuse_wrong_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planted = vlmrm.companion("exercises").planted_loss
+    for number, wrong in ((1, 0.5), (2, planted), (3, 1.0), (4, lambda frames: frames[:, -1]),
+                          (7, lambda: vlmrm.build_backbone("tiny", "none")),
+                          (9, lambda rewards: rewards.mean(0))):
+        right, remark = exercise(number, wrong)
+        assert not right and remark, number
+    for number in (5, 6):
+        with pytest.raises(vlmrm.InputError, match=f"answer_{number}"):
+            exercise(number)
+    with pytest.raises(vlmrm.InputError, match="not the folder of a run"):
+        exercise(10, "triplet")
+
+
+def test_exercises_accept_what_is_right(shipped):
+    assert exercise(2, vlmrm.decisionnce_p_loss)[0]
+    truth = {task: shipped.rewards[shipped.select(split="test", task=task)]
+             for task in vlmrm.UNSEEN_TASKS}
+    tasks = iter(vlmrm.UNSEEN_TASKS)
+    assert exercise(9, lambda rewards: truth[next(tasks)])[0]  # who knows the truth picks best
+
+
+# -----------------------------------------------------------------------------
 # Command line and README
 
 
-def test_help():
-    result = command("--help")
-    assert result.returncode == 0 and "--objective" in result.stdout
-    assert "(default: triplet)" in result.stdout
+def test_help_is_there_before_the_slow_imports():
+    result = subprocess.run([sys.executable, "-X", "importtime", "vlmrm.py", "--help"], cwd=HERE,
+                            capture_output=True, text=True)
+    assert result.returncode == 0 and "(default: triplet)" in result.stdout
+    assert "argparse" in result.stderr and "torch" not in result.stderr
+    for name in vlmrm.OBJECTIVES:
+        assert re.search(rf"[\s,]{name}[\s,;]", result.stdout), name
 
 
 @pytest.mark.parametrize("arguments, says", [
