@@ -4,7 +4,7 @@ Every formula is held against something that does not share its code: a value wo
 in the test's docstring, the numbers that the authors' own code returned (data/golden), a library,
 or a loop so naive that it cannot be wrong.
 """
-import argparse
+import ast
 import copy
 import functools
 import itertools
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ def check_golden(loss, method, variant, frames, gradient):
 
 @pytest.fixture
 def official_permutations(monkeypatch):
-    """Hands the permutations of the official run to the loss, call by call, in place of shifts()."""
+    """Hands the permutations of the official run to the loss, call by call, as shifts()."""
     def use(*permutations):
         calls = iter(permutations)
         monkeypatch.setattr(vlmrm, "shifts", lambda n, batch: next(calls))
@@ -1300,7 +1301,8 @@ def test_a_full_disk_ends_in_one_line(toy, tmp_path):
          "3", "--device", "cpu", "--runs", str(tmp_path), "--name", "full"], capture_output=True,
         text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)))
     lines = [line for line in result.stderr.splitlines() if line.startswith("vlmrm")]
-    assert result.returncode == 2 and "Traceback" not in result.stderr and len(lines) == 1 and "too large" in lines[0]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert len(lines) == 1 and "too large" in lines[0]
     assert {p.name for p in (tmp_path / "full").iterdir()} <= {"config.json", "lock"}
     assert vlmrm.main(["--resume", str(tmp_path / "full")]) == 0  # once there is room again
 
@@ -1645,11 +1647,95 @@ def test_offline_weights_end_in_one_line(monkeypatch, capsys):
     assert error.count("\n") == 1 and "download the checkpoint" in error
 
 
-def test_readme_commands_parse():
-    commands = re.findall(r"^python vlmrm\.py (.*)$", README, flags=re.M)
-    assert len(commands) >= 4
-    for line in commands:
-        assert isinstance(vlmrm.parse_arguments(line.split("#")[0].split()), argparse.Namespace)
+def commands_of_the_readme():
+    """Every line that runs vlmrm.py, in blocks and in tables, without its remark."""
+    return sorted({line.split("  #")[0].strip() for line in re.findall(
+        r"python vlmrm\.py ([^`\n]*)", README)})
+
+
+def test_readme_has_commands():
+    assert len(commands_of_the_readme()) >= 12
+
+
+@pytest.mark.parametrize("line", commands_of_the_readme())
+def test_readme_commands_run(line, toy, finished, tmp_path, monkeypatch, small_study):
+    """On the toy data, with a step or two. Those that need downloads must fail for that reason."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vlmrm, "TUNED", vlmrm.TUNED | {"clip": (5e-4, {"scale": 50.0})})
+    vlmrm.OBJECTIVES["clip"] = vlmrm.clip_loss  # of the small study's copy: gone after this test
+    Image.new("RGB", (40, 40)).save("clip.png")
+    arguments = [re.sub(r"clip\.mp4", "clip.png", word) for word in shlex.split(line)]
+    if "--help" in arguments:
+        with pytest.raises(SystemExit, match="0"):
+            vlmrm.main(arguments)
+        return
+    if "--resume" in arguments:
+        Path("runs/triplet-seed0").mkdir(parents=True)
+        vlmrm.write_json(Path("runs/triplet-seed0/config.json"), vlmrm.configuration(
+            vlmrm.parse_arguments(["--steps", "2", "--batch", "3", "--data", str(toy.path)])) | {
+            "data": str(toy.path), "instructions": str(vlmrm.DATA / "instructions.json"),
+            "device": "cpu"})
+    if "--collect" in arguments:
+        arguments += ["--tasks", "reach-v3", "--expert", "1", "--mixed", "0", "--frames", "5",
+                      "--size", "16", "--workers", "1"]
+        arguments[arguments.index("--output") + 1] = "some.npz"
+    if "--pretrained" in arguments and "none" not in arguments:  # a download, or a file of yours
+        monkeypatch.setattr(open_clip, "create_model", lambda *_: 1 / 0)
+        assert vlmrm.main(arguments) == 2
+        return
+    status = vlmrm.main([*arguments, "--data", str(toy.path), "--steps", "1", "--batch", "3",
+                         "--seeds", "2", "--device", "cpu", "--model", str(finished[0])])
+    if status and "--collect" in arguments:
+        pytest.skip("cannot render here")
+    assert status == 0
+
+
+def test_readme_snippets_run(toy, finished, tmp_path, monkeypatch):
+    """The Python of the README, as it stands, with a trained model where it looks for one; its one
+    training is shortened to a step on the toy data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(HERE / "data")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "triplet-seed0").symlink_to(finished[0])
+    monkeypatch.setattr(vlmrm, "OBJECTIVES", dict(vlmrm.OBJECTIVES))
+    main, statuses = vlmrm.main, []
+    monkeypatch.setattr(vlmrm, "main", lambda arguments: statuses.append(main([
+        *arguments, "--data", str(toy.path), "--steps", "1", "--batch", "3"])))
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        names = {}
+        try:
+            exec(compile(snippet, "README.md", "exec"), names)
+        except vlmrm.InputError as problem:
+            if "cannot render" not in str(problem) and "metaworld" not in str(problem):
+                raise
+            pytest.skip(str(problem))
+        if "rewards" in names:
+            assert names["rewards"].shape == (24,) and names["best"].shape == (96, 96, 3)
+        if "reward" in names:
+            assert -1 <= names["reward"] <= 1 and names["info"]["environment_reward"] >= 0
+            names["renderer"].close()
+    assert statuses == [0]
+
+
+def test_the_code_keeps_to_its_own_rules():
+    """Lines of at most 100 characters, no function beyond 50 lines but the list of options, every
+    public function and class with a docstring; no pickle is ever loaded."""
+    for path in (HERE / "vlmrm.py", HERE / "test_vlmrm.py", *(HERE / "data").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        assert max(map(len, source.splitlines())) <= 100, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= (70 if node.name == "parse_arguments" else 50), (
+                    path, node.name, length)
+    for node in ast.parse((HERE / "vlmrm.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert ast.get_docstring(node) or node.name == "main", node.name
+    for path in (HERE / "vlmrm.py", *(HERE / "data").glob("*.py")):
+        assert not re.search(r"import pickle|torch\.load|allow_pickle=True",
+                             path.read_text(encoding="utf-8"))
 
 
 def test_readme_and_header_show_the_saved_results():

@@ -77,18 +77,21 @@ def whole(minimum: int, maximum: int = 10**6):
 
 
 def positive(text: str) -> float:
+    """A type for argparse: numbers above 0."""
     if not 0 < (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 
 def share(text: str) -> float:
+    """A type for argparse: numbers from 0 to 1."""
     if not 0 <= (number := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, from argv or the command line. Bad ones end in one line and exit code 2."""
     parser = argparse.ArgumentParser(
         description="Train and test vision-language reward models on Meta-World, one learning "
                     "objective at a time.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -154,7 +157,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_arguments()  # answers --help and slips of the pen before the imports below, which take 4 s
+    parse_arguments()  # answers --help and typing errors before the imports below, which take 4 s
 
 import open_clip  # the CLIP architectures and tokenizers
 import torch
@@ -493,7 +496,8 @@ class Dataset:
             raise InputError(f"episode {episode} of {self.path} is damaged: {problem}") from None
 
     def load(self, episodes, every: int = 1) -> torch.Tensor:
-        """Every n-th frame of several episodes, unpacked by all cores: (n, ceil(T / every), S, S, 3)."""
+        """Every n-th frame of several episodes, unpacked by all cores: uint8 (n, ceil(T / every),
+        S, S, 3)."""
         with ThreadPoolExecutor() as threads:
             unpacked = list(threads.map(self.frames, episodes))
         return torch.from_numpy(np.stack([frames[::every] for frames in unpacked]))
@@ -1297,7 +1301,8 @@ def count_below(ranks: np.ndarray, first: np.ndarray, limits: np.ndarray) -> np.
     All are arrays of whole numbers >= 0. Costs O(n log n), as sorting does: bit by bit from the
     highest, entries whose bit is 0 move to the front and the others to the back, each keeping
     their order. A query is a range start to end; it follows the half that its limit's bit points
-    to, and where that is 1, all entries of the range in the other half are less. (A wavelet matrix.)
+    to, and where that is 1, all entries of its range in the other half are less. (This is a
+    wavelet matrix.)
     """
     counts = np.zeros(len(first), np.int64)
     start, end = np.zeros_like(first), first
@@ -1539,6 +1544,7 @@ def configuration(args: argparse.Namespace) -> dict:
 
 @functools.cache
 def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1585,6 +1591,7 @@ def companion(name: str):
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write a dictionary, arrays in it as lists, whole or not at all."""
     text = json.dumps(content, indent=1, default=lambda array: array.tolist())
     with whole_file(path) as unfinished:
         unfinished.write_text(text + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ medians and their ratios. Figures are kept in data/results/benchmark.json, and d
 data/report.py. This is no test, and takes no part in them.
 """
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -127,7 +129,8 @@ class FramesOneByOne(torch.utils.data.Dataset):
         from PIL import Image
         episode = self.episodes[index]
         numbers = np.sort(np.random.choice(self.data.T, 5, replace=False))
-        frames = [self.transform(Image.fromarray(frame)) for frame in self.data.frames(episode)[numbers]]
+        frames = [self.transform(Image.fromarray(frame))
+                  for frame in self.data.frames(episode)[numbers]]
         return torch.stack(frames), self.sentences[self.data.task[episode]]["instruction"]
 
 
@@ -136,8 +139,6 @@ def training() -> dict:
     args, data, sentences, model = workload()
     for episode in data.select(split="train"):
         data.frames(episode)  # the buffer is full, as it is after the first steps of a run
-    silent = open(os.devnull, "w")
-
     def ours():
         log = vlmrm.train(model, data_without_validation(data), sentences, vlmrm.triplet_loss,
                           steps=4, batch=40, learning_rate=1e-6, seed=0)
@@ -156,26 +157,21 @@ def training() -> dict:
     def textbook(steps=3):
         for step, (frames, texts) in enumerate(loader):  # float32, and a caption for every frame
             frames = frames.to(plain.mean.device)
-            images = torch.nn.functional.normalize(
-                plain.clip.encode_image(frames.flatten(0, 1)), dim=-1).unflatten(0, frames.shape[:2])
+            images = F.normalize(plain.clip.encode_image(frames.flatten(0, 1)), dim=-1)
             captions = plain.tokenizer([text for text in texts for _ in range(5)])
-            words = torch.nn.functional.normalize(
-                plain.clip.encode_text(captions.to(plain.mean.device)), dim=-1)
-            loss = vlmrm.triplet_loss(images, words.unflatten(0, frames.shape[:2])[:, 0], None)
+            words = F.normalize(plain.clip.encode_text(captions.to(plain.mean.device)), dim=-1)
+            loss = vlmrm.triplet_loss(images.unflatten(0, frames.shape[:2]),
+                                      words.unflatten(0, frames.shape[:2])[:, 0], None)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if step + 1 == steps:
                 return 200 * steps
 
-    with silent:
-        stderr, sys.stderr = sys.stderr, silent
-        try:
-            rates = in_turn(ours=ours, textbook=textbook,
-                            bare=bare_tower(model, pixels, backward=True))
-        finally:
-            sys.stderr = stderr
-    return rates | {"ours": float(np.median(ours.rates[1:]))}
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # no bars
+        rates = in_turn(ours=ours, textbook=textbook,
+                        bare=bare_tower(model, pixels, backward=True))
+    return rates | {"ours": float(np.median(ours.rates[1:]))}  # of single steps
 
 
 def data_without_validation(data):
@@ -225,9 +221,9 @@ def default() -> dict:
             _, peak = measured("--seed", seed, "--runs", folder)
             found["wall_seconds"].append(time.perf_counter() - began)
             found["peak_gigabytes"].append(peak)
-            metrics = json.loads((Path(folder) / f"triplet-seed{seed}" / "metrics.json").read_text())
+            report = Path(folder) / f"triplet-seed{seed}" / "metrics.json"
             before, passed = 0.0, None
-            for entry in metrics["log"]:
+            for entry in json.loads(report.read_text())["log"]:
                 before += entry["seconds"]
                 if passed is None and entry.get("validation_voc", 0) > 0.9:
                     passed = before
@@ -245,9 +241,9 @@ def measured(*arguments, limit: float | None = None) -> tuple[float, float]:
             resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9),) * 2)
 
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(HERE.parent / "vlmrm.py"), *map(str, arguments)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=set_limit)
+    process = subprocess.Popen(
+        [sys.executable, str(HERE.parent / "vlmrm.py"), *map(str, arguments)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=set_limit)
     error = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -278,7 +274,7 @@ def repeated(data, times: int, path: Path, size: int | None = None) -> None:
 
 
 def growth() -> dict:
-    """Memory and time of a short run (20 steps, then evaluation) with more data, larger pictures."""
+    """Memory and time of a short run (20 steps, evaluation): more data, and larger pictures."""
     data = vlmrm.Dataset(HERE / "metaworld.npz")
     found = {"episodes": [], "size": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -220,6 +220,21 @@ def comparison_table(runs, shown) -> str:
     return markdown(titles, rows)
 
 
+def short_table(runs, shown) -> str:
+    """The objectives of the paper, the best of the others, and the controls: a few columns."""
+    rows = []
+    for name in shown:
+        if name in ("triplet", "preference", "decisionnce-t", "r3m", "liv", "tcn", "vip",
+                    "zeroshot", "clock"):
+            some = runs[name, shown[name]]
+            rows.append([label(name, quote="`"), *(
+                cell(some, group, of_reward(some, metric), False) for metric, group in (
+                    ("voc", "seen"), ("voc", "unseen"), ("ranking_accuracy_within", "seen"),
+                    ("ranking_accuracy_within", "unseen")))])
+    return markdown(["objective", "VOC, seen tasks", "VOC, unseen tasks", "ranking accuracy, seen",
+                     "ranking accuracy, unseen"], rows)
+
+
 def metrics_table(runs, shown) -> str:
     """Every metric, before training and after training with triplet."""
     columns = [(runs[name, shown[name]], group) for group in ("seen", "unseen")
@@ -563,6 +578,51 @@ def draw_best_of(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def speed_table(found: dict) -> str:
+    """What data/benchmark.py measured."""
+    rows = []
+    for part, text, goal in (
+            ("collection", "collection, frames/s on one core: simulated, drawn, packed", 0.85),
+            ("training", "training step, frames/s", 0.9), ("evaluation", "evaluation, frames/s",
+                                                           0.95)):
+        rates = found[part]
+        rows.append([text, f"{rates['ours']:.0f}", *(
+            f"{rates[other]:.0f} ({rates['ours'] / rates[other]:.2f})" if other in rates else ""
+            for other in ("textbook", "bare")), f"{goal:.2f}"])
+    return markdown(["", "ours", "textbook (ours / it)", "limit (ours / it)", "aim"], rows)
+
+
+def soak_table(found: dict) -> str:
+    """What data/soak.py counted."""
+    kills, answers = found["kills"], found["bad inputs"]
+    return markdown(["what", "times", "as it should be"], [
+        ["a run killed at a random moment, resumed: same weights bit for bit, same metrics",
+         str(kills["kills"]), str(kills["identical"])],
+        [f"bad inputs of {answers['kinds']} kinds: one line, exit code 2, nothing left behind",
+         str(answers["bad inputs"]), str(answers["answered"])]])
+
+
+def draw_growth(found: dict, path: Path) -> None:
+    """Memory and time of a short run, with more data and with larger pictures."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    axes = figure.subplots(1, 4)
+    for axis, key, label in ((axes[0], "episodes", "episodes"), (axes[1], "episodes", "episodes"),
+                             (axes[2], "size", "pixels, width and height"),
+                             (axes[3], "size", "pixels, width and height")):
+        field, title = (("peak_gigabytes", "memory, GB") if axis in (axes[0], axes[2])
+                        else ("seconds", "time, s"))
+        points = found["growth"][key]
+        axis.plot([point["x"] for point in points], [point[field] for point in points], "o-",
+                  color=SEEN)
+        axis.set_ylim(0)
+        axis.set_xticks([point["x"] for point in points], [point["x"] for point in points],
+                        fontsize=8)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel(label, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 def draw_all(root: Path, data) -> None:
     runs, shown, rewards = load(root)
     draw_comparison(runs, shown, root / "comparison.png")
@@ -570,23 +630,30 @@ def draw_all(root: Path, data) -> None:
     draw_heat_map(runs, shown, root / "heatmap.png")
     draw_confusion(runs, shown, rewards, data, root / "confusion.png")
     draw_looks(vlmrm.Dataset(vlmrm.DATA / "metaworld.npz"), root / "looks.png")
+    if (root / "benchmark.json").exists():
+        draw_growth(json.loads((root / "benchmark.json").read_text()), root / "growth.png")
     for path in root.glob("ensemble-*.json"):
         draw_best_of(json.loads(path.read_text(encoding="utf-8")),
                      root / f"best-of-{path.stem.removeprefix('ensemble-')}.png")
 
 
 def tables(root: Path) -> dict[str, str]:
-    """The tables of the README, by the names of the marks they stand between."""
+    """The tables of the README, by the names of the marks they stand between. Those of speed and
+    soak are made where their programs have left figures."""
     runs, shown, _ = load(root)
-    return {"comparison": comparison_table(runs, shown), "headline": headline_table(runs, shown),
-            "metrics": metrics_table(runs, shown)}
+    found = {"short": short_table(runs, shown), "comparison": comparison_table(runs, shown),
+             "headline": headline_table(runs, shown), "metrics": metrics_table(runs, shown)}
+    for name, table in (("benchmark", speed_table), ("soak", soak_table)):
+        if (root / f"{name}.json").exists():
+            found[name] = table(json.loads((root / f"{name}.json").read_text(encoding="utf-8")))
+    return found
 
 
 def fill(readme: str, root: Path) -> str:
     """The README with the tables between <!-- name --> and <!-- end of name --> made anew."""
     for name, table in tables(root).items():
-        readme = re.sub(rf"(<!-- {name}.*?-->\n).*?(\n<!-- end of {name} -->)",
-                        lambda marks: marks[1] + table + marks[2], readme, flags=re.DOTALL)
+        readme = re.sub(rf"(<!-- {name}\b.*?-->\n).*?(<!-- end of {name} -->)",
+                        lambda marks: marks[1] + table + "\n" + marks[2], readme, flags=re.DOTALL)
     return readme
 
 

@@ -58,5 +58,5 @@ def main(args: argparse.Namespace) -> None:
     print("frame  reward")
     for number, reward in enumerate(rewards):
         print(f"{number:5}  {reward:.4f}")
-    print(f"VOC {vlmrm.value_order_correlation(rewards[None])[0]:.2f} (1: rises all along); best frame "
-          f"{rewards.argmax()}; picture in {picture}")
+    voc = vlmrm.value_order_correlation(rewards[None])[0]
+    print(f"VOC {voc:.2f} (1: rises all along); best frame {rewards.argmax()}; drawn in {picture}")

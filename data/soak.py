@@ -109,52 +109,70 @@ def kills(count: int, root: Path, rng) -> dict:
     return found
 
 
-def bad_inputs(root: Path, rng):
-    """Endlessly: (what is wrong, arguments of a program that must refuse them)."""
-    good = root / "good.npz"
-    episodes = small_data(good)
-    arrays, whole = dict(np.load(good)), good.read_bytes()
-    sentences = json.loads((HERE / "instructions.json").read_text(encoding="utf-8"))
-    base = ["--steps", "1", "--batch", "3", "--runs", str(root / "runs"), "--device", "cpu"]
-    trained = root / "trained"
-    assert vlmrm.main([*base, "--data", str(good), "--runs", str(root), "--name", "trained"]) == 0
-    weights = load_file(trained / "model.safetensors")
-    Image.new("RGB", (20, 30)).save(root / "picture.png")
+def bad_data(root: Path, rng) -> dict:
+    """{what is wrong: function that writes such a data file and returns the arguments}."""
+    arrays, whole = dict(np.load(root / "good.npz")), (root / "good.npz").read_bytes()
+    fields = list(arrays)
 
-    def data(change):
-        fields = {name: array.copy() for name, array in arrays.items()}
-        change(fields)
-        np.savez(root / "bad.npz", **fields)
+    def written(content: bytes):
+        (root / "bad.npz").write_bytes(content)
+        return ["--data", root / "bad.npz"]
+
+    def changed(change):
+        some = {name: array.copy() for name, array in arrays.items()}
+        change(some)
+        np.savez(root / "bad.npz", **some)
         return ["--data", root / "bad.npz"]
 
     def put(name, value):
-        return lambda fields: fields.__setitem__(name, value(fields[name]))
+        return changed(lambda a: a.__setitem__(name, value(a[name])))
 
-    def truncated_data():
-        (root / "bad.npz").write_bytes(whole[:rng.integers(0, len(whole))])
-        return ["--data", root / "bad.npz"]
-
-    def noise():
-        (root / "bad.npz").write_bytes(rng.bytes(rng.integers(0, 5000)))
-        return ["--data", root / "bad.npz"]
-
-    def nan_reward(rewards):
+    def not_finite(rewards):
         rewards[tuple(rng.integers(0, n) for n in rewards.shape)] = rng.choice(
             [np.nan, np.inf, -np.inf])
         return rewards
 
+    return {
+        "truncated data": lambda: written(whole[:rng.integers(0, len(whole))]),
+        "noise as data": lambda: written(rng.bytes(rng.integers(0, 5000))),
+        "array missing": lambda: changed(lambda a: a.pop(rng.choice(fields))),
+        "wrong dtype": lambda: put(rng.choice(["rewards", "success", "steps", "offsets"]),
+                                   lambda a: a.astype("U9")),
+        "wrong shape": lambda: put(rng.choice(fields), lambda a: a[:-1]),
+        "one dimension more": lambda: put(rng.choice(fields), lambda a: a[None]),
+        "reward not finite": lambda: put("rewards", not_finite),
+        "zero episodes": lambda: changed(lambda a: a.update({
+            key: array[:0] for key, array in a.items() if key != "offsets"} | {
+            "offsets": a["offsets"][:1]})),
+        "unknown task in data": lambda: put("task", lambda a: np.r_[["x-v3"], a[1:]]),
+        "unknown split": lambda: put("split", lambda a: np.r_[["x"], a[1:]]),
+        "pickled objects": lambda: put("task", lambda a: a.astype(object)),
+        "offsets out of order": lambda: put("offsets", lambda a: a[::-1].copy()),
+        "no training episodes": lambda: put("split", lambda a: np.full_like(a, "test")),
+        "no test episodes": lambda: put("split", lambda a: np.full_like(a, "train")),
+        "damaged first picture": lambda: put("strips", lambda a: np.r_[
+            np.zeros(500, np.uint8), a[500:]]),
+    }
+
+
+def bad_files(root: Path, rng) -> dict:
+    """The same for instructions, weights and videos; root has a trained run."""
+    sentences = json.loads((HERE / "instructions.json").read_text(encoding="utf-8"))
+    small = (root / "trained" / "model.safetensors").read_bytes()
+    weights = load_file(root / "trained" / "model.safetensors")
+
     def instructions(change):
         some = json.loads(json.dumps(sentences))
         text = change(some)
-        (root / "bad.json").write_text(json.dumps(some) if text is None else text)
-        return ["--data", good, "--instructions", root / "bad.json"]
+        (root / "bad.json").write_text(text if isinstance(text, str) else json.dumps(some))
+        return ["--instructions", root / "bad.json"]
 
     def checkpoint(content):
         if isinstance(content, dict):
             save_file(content, root / "bad.safetensors")
         else:
             (root / "bad.safetensors").write_bytes(content)
-        return ["--data", good, "--pretrained", root / "bad.safetensors"]
+        return ["--pretrained", root / "bad.safetensors"]
 
     def nan_weights():
         name = rng.choice(list(weights))
@@ -162,54 +180,15 @@ def bad_inputs(root: Path, rng):
 
     def video(content, suffix=".mp4"):
         (root / f"bad{suffix}").write_bytes(content)
-        return ["--score", root / f"bad{suffix}", "--instruction", "open", "--model", trained]
+        return ["--score", root / f"bad{suffix}", "--instruction", "open", "--model",
+                root / "trained"]
 
-    fields = list(arrays)
-    small = (trained / "model.safetensors").read_bytes()
-    name = lambda: "".join(rng.choice(list("abcé漢🦾 -/\\\n%s{}"), rng.integers(1, 12)))  # noqa: E731
-    score = ["--score", root / "picture.png", "--model", trained, "--instruction"]
-    makers = {
-        "unknown objective": lambda: ["--objective", "x" + name()],
-        "unknown device": lambda: ["--device", "x" + name()],
-        "unknown backbone": lambda: ["--backbone", "x" + name()],
-        "unknown weights": lambda: ["--backbone", "ViT-B-32", "--pretrained", "x" + name()],
-        "unknown task": lambda: ["--collect", "--tasks", "x" + name(), "--output", root / "o.npz"],
-        "unknown option": lambda: ["--x" + name()],
-        "no such data": lambda: ["--data", root / ("x" + name().replace("/", ""))],
-        "no such run": lambda: ["--resume", root / "nothing"],
-        "run is finished": lambda: ["--resume", trained],
-        "number out of range": lambda: [
-            str(rng.choice(["--steps", "--batch", "--seed", "--lora", "--expert", "--frames",
-                            "--size", "--workers", "--seeds"])),
-            str(rng.choice(["-1", "1e3", "nan", "", "10" * 20, "two"]))],
-        "learning rate": lambda: ["--learning-rate", str(rng.choice(["0", "-1", "nan", "inf"]))],
-        "alpha": lambda: ["--objective", "goal-baseline", "--data", good, "--alpha",
-                          str(rng.choice(["nan", "inf", "x"]))],
-        "batch too large": lambda: ["--data", good, "--batch", str(rng.integers(4, 1000))],
-        "truncated data": truncated_data,
-        "noise as data": noise,
-        "array missing": lambda: data(lambda a: a.pop(rng.choice(fields))),
-        "wrong dtype": lambda: data(put(rng.choice(["rewards", "success", "steps", "offsets"]),
-                                        lambda a: a.astype("U9"))),
-        "wrong shape": lambda: data(put(rng.choice(fields), lambda a: a[:-1])),
-        "one dimension more": lambda: data(put(rng.choice(fields), lambda a: a[None])),
-        "reward not finite": lambda: data(put("rewards", nan_reward)),
-        "zero episodes": lambda: data(lambda a: a.update({
-            key: array[:0] for key, array in a.items() if key != "offsets"} | {
-            "offsets": a["offsets"][:1]})),
-        "unknown task in data": lambda: data(put("task", lambda a: np.r_[["x-v3"], a[1:]])),
-        "unknown split": lambda: data(put("split", lambda a: np.r_[["x"], a[1:]])),
-        "pickled objects": lambda: data(put("task", lambda a: a.astype(object))),
-        "offsets out of order": lambda: data(put("offsets", lambda a: a[::-1].copy())),
-        "no training episodes": lambda: data(put("split", lambda a: np.full_like(a, "test"))),
-        "no test episodes": lambda: data(put("split", lambda a: np.full_like(a, "train"))),
-        "damaged first picture": lambda: data(put("strips", lambda a: np.r_[
-            np.zeros(500, np.uint8), a[500:]])),
-        "instructions not JSON": lambda: instructions(lambda s: "{" + name()),
+    return {
+        "instructions not JSON": lambda: instructions(lambda s: "{" + text(rng)),
         "instructions a list": lambda: instructions(lambda s: "[1, 2]"),
-        "instructions lack a task": lambda: instructions(lambda s: s.pop(rng.choice(TASKS)) and None),
+        "instructions lack a task": lambda: instructions(lambda s: s.pop(rng.choice(TASKS))),
         "instructions lack a field": lambda: instructions(
-            lambda s: s[rng.choice(TASKS)].pop("paraphrases") and None),
+            lambda s: s[rng.choice(TASKS)].pop("paraphrases")),
         "an empty instruction": lambda: instructions(
             lambda s: s[rng.choice(TASKS)].update(instruction=" ")),
         "truncated checkpoint": lambda: checkpoint(small[:rng.integers(0, len(small))]),
@@ -217,21 +196,57 @@ def bad_inputs(root: Path, rng):
         "another architecture": lambda: checkpoint({"weight": torch.zeros(3)}),
         "weights of another shape": lambda: checkpoint({k: w[None] for k, w in weights.items()}),
         "weights not finite": nan_weights,
+        "noise as video": lambda: video(rng.bytes(rng.integers(0, 5000))),
+        "noise as GIF": lambda: video(b"GIF89a" + rng.bytes(rng.integers(0, 5000)), ".gif"),
+    }
+
+
+def text(rng) -> str:
+    """A few characters of any kind."""
+    return "".join(rng.choice(list("abcé漢🦾 -/\\\n%s{}"), rng.integers(1, 12)))
+
+
+def bad_arguments(root: Path, rng) -> dict:
+    """The same for what is typed."""
+    score = ["--score", root / "picture.png", "--model", root / "trained", "--instruction"]
+    return {
+        "unknown objective": lambda: ["--objective", "x" + text(rng)],
+        "unknown device": lambda: ["--device", "x" + text(rng)],
+        "unknown backbone": lambda: ["--backbone", "x" + text(rng)],
+        "unknown weights": lambda: ["--backbone", "ViT-B-32", "--pretrained", "x" + text(rng)],
+        "unknown task": lambda: ["--collect", "--tasks", "x" + text(rng), "--output",
+                                 root / "o.npz"],
+        "unknown option": lambda: ["--x" + text(rng)],
+        "no such data": lambda: ["--data", root / ("x" + text(rng).replace("/", ""))],
+        "no such run": lambda: ["--resume", root / "nothing"],
+        "run is finished": lambda: ["--resume", root / "trained"],
+        "number out of range": lambda: [
+            str(rng.choice(["--steps", "--batch", "--seed", "--lora", "--expert", "--frames",
+                            "--size", "--workers", "--seeds"])),
+            str(rng.choice(["-1", "1e3", "nan", "", "10" * 20, "two"]))],
+        "learning rate": lambda: ["--learning-rate", str(rng.choice(["0", "-1", "nan", "inf"]))],
+        "alpha": lambda: ["--alpha", str(rng.choice(["nan", "inf", "-1", "x"]))],
+        "batch too large": lambda: ["--batch", str(rng.integers(4, 1000))],
         "score without a sentence": lambda: score[:-1],
         "an empty sentence": lambda: [*score, str(rng.choice(["", " ", "\n"]))],
         "an overlong sentence": lambda: [*score, "push " * int(rng.integers(23, 500))],
-        "no such video": lambda: ["--score", root / "no.mp4", "--instruction", "x", "--model",
-                                  trained],
-        "noise as video": lambda: video(rng.bytes(rng.integers(0, 5000))),
-        "noise as GIF": lambda: video(b"GIF89a" + rng.bytes(rng.integers(0, 5000)), ".gif"),
-        "no such model": lambda: ["--score", root / "picture.png", "--instruction", "x", "--model",
-                                  root],
+        "no such video": lambda: ["--score", root / "no.mp4", *score[2:], "x"],
+        "no such model": lambda: [*score[:3], root, "--instruction", "x"],
         "output is a folder": lambda: ["--collect", "--output", root],
         "strip too long": lambda: ["--collect", "--frames", str(rng.integers(200, 999))],
     }
+
+
+def bad_inputs(root: Path, rng):
+    """Endlessly: (what is wrong, arguments of a program that must refuse them)."""
+    small_data(root / "good.npz")
+    base = ["--data", str(root / "good.npz"), "--steps", "1", "--batch", "3", "--device", "cpu"]
+    assert vlmrm.main([*base, "--runs", str(root), "--name", "trained"]) == 0
+    Image.new("RGB", (20, 30)).save(root / "picture.png")
+    kinds = bad_data(root, rng) | bad_files(root, rng) | bad_arguments(root, rng)
     while True:
-        for what, make in makers.items():
-            yield what, [*base, "--data", str(good), *map(str, make())]
+        for what, make in kinds.items():
+            yield what, [*base, "--runs", str(root / "runs"), *map(str, make())]
 
 
 def answers(count: int, root: Path, rng) -> dict:

@@ -189,7 +189,7 @@ def best_of(values: np.ndarray, truth: np.ndarray, n: int) -> float:
 
 
 def standardised(values: np.ndarray) -> np.ndarray:
-    """Rewards (models, E, T) of one task on one scale: models differ in scale, sentences in level."""
+    """Rewards (models, E, T) of one task on one scale: models differ in it, sentences in level."""
     return (values - values.mean((1, 2), keepdims=True)) / (
         values.std((1, 2), keepdims=True) + 1e-9)
 
