@@ -1348,7 +1348,7 @@ def test_score_a_video(finished, toy, tmp_path, capsys, suffix):
     rewards = [float(line.split()[1]) for line in printed[1:-1]]
     assert len(rewards) == (1 if suffix == ".png" else 10) and "best frame" in printed[-1]
     model = vlmrm.load_reward_model(finished[0], device="cpu")
-    frames = vlmrm.companion("score").read_frames(path)
+    frames = np.stack(list(vlmrm.companion("score").read_frames(path)))
     assert model.score(frames, "open the drawer") == pytest.approx(rewards, abs=1e-4)
     assert (tmp_path / "clip-rewards.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1542,11 +1542,13 @@ def configuration(args: argparse.Namespace) -> dict:
         "alpha": args.alpha, "baseline": args.baseline, "data_sha256": checksum(args.data)}
 
 
-@functools.cache
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while some := file.read(2**24):  # it may be larger than memory
+            digest.update(some)
+    return digest.hexdigest()
 
 
 def prepare_model(args: argparse.Namespace) -> RewardModel:

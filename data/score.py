@@ -3,6 +3,8 @@
     python vlmrm.py --score clip.mp4 --instruction "open the drawer"
 """
 import argparse
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -11,36 +13,45 @@ from PIL import Image
 
 import vlmrm
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-def read_frames(path: Path) -> np.ndarray:
-    """The frames of a video, GIF or image, or of a folder of images in the order of their names:
-    uint8 (N, H, W, 3). Grey and transparent pictures become red, green and blue.
+
+def pictures_in(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a film, GIF or image, or of a folder of images in the order of their names."""
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.suffix.lower() in PICTURES:
+                yield from pictures_in(file)
+    elif path.suffix.lower() in (*PICTURES, ".gif"):
+        with Image.open(path) as picture:
+            for k in range(getattr(picture, "n_frames", 1)):
+                picture.seek(k)
+                yield np.asarray(picture.convert("RGB"))  # from grey and transparent ones too
+    else:
+        yield from imageio.imiter(path, plugin="FFMPEG")
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """Frames uint8 (H, W, 3) of whatever lies there, one by one: a film may be larger than memory.
 
     Raises InputError when there are none, when they cannot be read or differ in size.
     """
+    shape = None
     try:
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in (
-                ".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-            frames = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-        elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"):
-            with Image.open(path) as picture:
-                frames = []
-                for k in range(getattr(picture, "n_frames", 1)):
-                    picture.seek(k)
-                    frames.append(np.asarray(picture.convert("RGB")))
-        else:
-            frames = list(imageio.imiter(path, plugin="FFMPEG"))
+        for frame in pictures_in(path):
+            shape = shape or frame.shape
+            if frame.shape != shape:
+                raise vlmrm.InputError(f"the pictures in {path} differ in size")
+            yield frame
+    except vlmrm.InputError:
+        raise
     except FileNotFoundError:
         raise vlmrm.InputError(f"no video at {path}") from None
     except Exception as problem:  # every format has errors of its own
         raise vlmrm.InputError(f"cannot read {path} as a video: "
-                         f"{(str(problem) or repr(problem)).splitlines()[0][:120]}") from None
-    if not frames:
+                               f"{(str(problem) or repr(problem)).splitlines()[0][:120]}") from None
+    if shape is None:
         raise vlmrm.InputError(f"{path} has no pictures in it")
-    if len({frame.shape for frame in frames}) > 1:
-        raise vlmrm.InputError(f"the pictures in {path} differ in size")
-    return np.stack(frames)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -49,14 +60,21 @@ def main(args: argparse.Namespace) -> None:
         raise vlmrm.InputError('--score needs the sentence: --instruction "open the drawer"')
     if not (args.model / "config.json").exists():
         raise vlmrm.InputError(f"no trained model in {args.model}: train one with 'python vlmrm.py "
-                         "--objective triplet', or name another --model")
-    frames = read_frames(args.score)
-    rewards = vlmrm.load_reward_model(args.model, args.device).score(frames, args.instruction)
+                               "--objective triplet', or name another --model")
+    model = vlmrm.load_reward_model(args.model, args.device)
+    rewards, thumbnails, frames = [], [], read_frames(args.score)
+    for some in iter(lambda: list(itertools.islice(frames, 32)), []):
+        rewards += model.score(np.stack(some), args.instruction).tolist()
+        for frame in some:
+            small = Image.fromarray(frame)
+            small.thumbnail((160, 160))
+            thumbnails.append(np.asarray(small))
     picture = args.score.with_name(args.score.stem + "-rewards.png")
     with vlmrm.whole_file(picture) as unfinished:
-        vlmrm.companion("report").draw_video(frames, rewards, args.instruction, unfinished)
+        vlmrm.companion("report").draw_video(np.stack(thumbnails), np.array(rewards),
+                                             args.instruction, unfinished)
     print("frame  reward")
     for number, reward in enumerate(rewards):
         print(f"{number:5}  {reward:.4f}")
-    voc = vlmrm.value_order_correlation(rewards[None])[0]
-    print(f"VOC {voc:.2f} (1: rises all along); best frame {rewards.argmax()}; drawn in {picture}")
+    voc = vlmrm.value_order_correlation(np.array([rewards]))[0]
+    print(f"VOC {voc:.2f} (1: rises all along), best frame {np.argmax(rewards)}; see {picture}")
