@@ -914,18 +914,24 @@ def test_instructions_that_are_not_what_they_should_be(tmp_path, text, says):
 # Collection: needs metaworld and a graphics library
 
 
+def collect(*options):
+    """vlmrm.py --collect, in this process and its workers; skips where nothing can render."""
+    try:
+        vlmrm.collect(vlmrm.parse_arguments(["--collect", *map(str, options)]))
+    except vlmrm.InputError as problem:
+        if "cannot render" not in str(problem):
+            raise
+        pytest.skip(str(problem))
+
+
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory):
     """The same two tasks collected by one process and by two."""
     pytest.importorskip("metaworld", reason="metaworld needs Python 3.10 to 3.13")
     folder = tmp_path_factory.mktemp("collected")
     for workers in (1, 2):
-        result = command("--collect", "--tasks", "reach-v3", "drawer-close-v3", "--expert", "1",
-                         "--mixed", "1", "--size", "48", "--frames", "8",
-                         "--workers", str(workers), "--output", str(folder / f"{workers}.npz"))
-        if "cannot render" in result.stderr:
-            pytest.skip(result.stderr)
-        assert result.returncode == 0, result.stderr
+        collect("--tasks", "reach-v3", "drawer-close-v3", "--expert", "1", "--mixed", "1", "--size",
+                "48", "--frames", "8", "--workers", workers, "--output", folder / f"{workers}.npz")
     return folder
 
 
@@ -947,9 +953,7 @@ def test_shipped_episode_renders_again(collected, shipped, tmp_path):
     """The first episode of a shipped task, made anew with the README's settings: same rewards, and
     pictures that differ by no more than packing and another GL library may cost."""
     task = "drawer-open-v3"
-    result = command("--collect", "--tasks", task, "--expert", "1", "--mixed", "1",
-                     "--output", str(tmp_path / "again.npz"))
-    assert result.returncode == 0, result.stderr
+    collect("--tasks", task, "--expert", "1", "--mixed", "1", "--output", tmp_path / "again.npz")
     again = vlmrm.Dataset(tmp_path / "again.npz")
     original = shipped.select(task=task)[0]
     np.testing.assert_allclose(again.rewards[0], shipped.rewards[original], atol=1e-3)
@@ -1082,18 +1086,18 @@ def test_real_architectures_from_a_checkpoint_file(name, toy, sentences, tmp_pat
     data = copy.copy(toy)  # without validation episodes, which would take most of the time
     data.split = np.where(toy.split == "validation", "test", toy.split)
     vlmrm.to_device(model, torch.device("cpu"))
-    log = vlmrm.train(model, data, sentences, vlmrm.triplet_loss, steps=3, batch=1,
+    log = vlmrm.train(model, data, sentences, vlmrm.triplet_loss, steps=2, batch=1,
                       learning_rate=1e-3, seed=0)
     model.low_precision = False
     assert np.isfinite([entry["loss"] for entry in log]).all()
-    frames = toy.frames(0)[:3]
+    frames = toy.frames(0)[:1]
     rewards = model.eval().score(frames, "open the drawer")
     folder = tmp_path / "run"
     folder.mkdir()
     vlmrm.save_weights(model, folder / "model.safetensors")
     assert (folder / "model.safetensors").stat().st_size < 10e6  # the adapters alone
     vlmrm.write_json(folder / "config.json", {
-        "backbone": name, "pretrained": str(checkpoint), "lora": 2})
+        "objective": "triplet", "backbone": name, "pretrained": str(checkpoint), "lora": 2})
     del model
     again = vlmrm.load_reward_model(folder, device="cpu")
     again.low_precision = False
@@ -1216,7 +1220,7 @@ def test_run_folder(finished):
 def program(toy, tmp_path):
     """The program on the toy data, in this process."""
     def run(*options):
-        return vlmrm.main(["--data", str(toy.path), "--steps", "6", "--batch", "3", "--device",
+        return vlmrm.main(["--data", str(toy.path), "--steps", "4", "--batch", "2", "--device",
                            "cpu", "--runs", str(tmp_path), *map(str, options)])
     return run
 
@@ -1231,7 +1235,7 @@ def without_times(folder):
 
 @pytest.mark.parametrize("options", [(), ("--lora", "2")])
 def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, monkeypatch, capsys, options):
-    """Ctrl-C after the third checkpoint of six: one line says how to go on, and the weights are
+    """Ctrl-C after the second checkpoint of four: one line says how to go on, and the weights are
     those of the run that was never stopped, bit for bit. (data/soak.py does it with kills.)"""
     assert program("--name", "whole", *options) == 0
     save, saved = vlmrm.save_checkpoint, []
@@ -1239,7 +1243,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, monkeypatch, c
     def save_and_stop(*arguments):
         save(*arguments)
         saved.append(arguments)
-        if len(saved) == 3:
+        if len(saved) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(vlmrm, "save_checkpoint", save_and_stop)
@@ -1249,7 +1253,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, monkeypatch, c
     assert f"go on with: python vlmrm.py --resume {folder}" in capsys.readouterr().err
     assert not (folder / "metrics.json").exists()
     assert vlmrm.main(["--resume", str(folder)]) == 0
-    assert "4/6" in capsys.readouterr().err  # it did not start from the beginning
+    bar = capsys.readouterr().err
+    assert "| 2/4" in bar and "| 0/4" not in bar  # it did not start from the beginning
     assert (folder / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors").read_bytes()
     assert without_times(folder) == without_times(tmp_path / "whole")
@@ -1283,7 +1288,7 @@ def test_resume_refuses_what_it_cannot_go_on_with(program, tmp_path, monkeypatch
 def test_two_runs_into_one_folder(program, tmp_path, capsys):
     with vlmrm.locked(tmp_path / "run"):
         vlmrm.write_json(tmp_path / "run" / "config.json", vlmrm.configuration(
-            vlmrm.parse_arguments(["--steps", "6", "--batch", "3"])))
+            vlmrm.parse_arguments(["--steps", "4", "--batch", "2"])))
         assert program("--name", "run") == 2
         assert "exists: choose another --name" in capsys.readouterr().err
         with pytest.raises(vlmrm.InputError, match="in use by another process"):
@@ -1304,7 +1309,6 @@ def test_a_full_disk_ends_in_one_line(toy, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert len(lines) == 1 and "too large" in lines[0]
     assert {p.name for p in (tmp_path / "full").iterdir()} <= {"config.json", "lock"}
-    assert vlmrm.main(["--resume", str(tmp_path / "full")]) == 0  # once there is room again
 
 
 def test_a_folder_that_cannot_be_written(program, tmp_path, capsys):
@@ -1508,7 +1512,7 @@ def test_study_and_ensemble(small_study, tmp_path, capsys):
         "comparison.png", "episode.png", "heatmap.png", "confusion.png", "looks.png"}
     printed = capsys.readouterr().out
     assert (root / "tables.md").read_text().strip() in printed
-    assert printed.count("| `triplet` |") == 1 and "`tcn` (no language)" in printed
+    assert printed.count("| `triplet` |") == 2 and "`tcn` (no language)" in printed
     tuned = json.loads((root / "triplet-tuned-seed0" / "config.json").read_text())
     assert tuned["learning_rate"] == 5e-4 and tuned["constants"] == {"margin": 0.2}
 
@@ -1606,7 +1610,7 @@ def test_help_is_there_before_the_slow_imports():
     assert result.returncode == 0 and "(default: triplet)" in result.stdout
     assert "argparse" in result.stderr and "torch" not in result.stderr
     for name in vlmrm.OBJECTIVES:
-        assert re.search(rf"[\s,]{name}[\s,;]", result.stdout), name
+        assert name in "".join(result.stdout.split()), name  # it may be broken at a hyphen
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -1661,10 +1665,14 @@ def test_readme_has_commands():
 def test_readme_commands_run(line, toy, finished, tmp_path, monkeypatch, small_study):
     """On the toy data, with a step or two. Those that need downloads must fail for that reason."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vlmrm, "TUNED", vlmrm.TUNED | {"clip": (5e-4, {"scale": 50.0})})
-    vlmrm.OBJECTIVES["clip"] = vlmrm.clip_loss  # of the small study's copy: gone after this test
+    if "clip" in line:
+        vlmrm.OBJECTIVES["clip"] = vlmrm.clip_loss  # of the small study's copy, gone afterwards
     Image.new("RGB", (40, 40)).save("clip.png")
     arguments = [re.sub(r"clip\.mp4", "clip.png", word) for word in shlex.split(line)]
+    if arguments[:2] == ["--objective", "all"]:
+        return  # test_study_and_ensemble runs it
+    if "--ensemble" in arguments:
+        arguments += ["--ensemble", "2"]
     if "--help" in arguments:
         with pytest.raises(SystemExit, match="0"):
             vlmrm.main(arguments)
@@ -1747,6 +1755,16 @@ def test_readme_and_header_show_the_saved_results():
             values = [run[group][metric]["value"] for run in runs["triplet", shown["triplet"]]]
             line = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} {group}"
             assert line in vlmrm.__doc__, f"the header of vlmrm.py should say {line}"
+    for name, loss in LOSSES.items():  # the line "Here: ..." of a docstring
+        found = {(group, metric): report.mean(runs[name, shown[name]], group, metric)
+                 for group, metric in (("seen", "voc"), ("unseen", "voc"), ("unseen", "goal_voc"),
+                                       ("seen", "retrieval_top1"))}
+        line = (f"Here: VOC {found['seen', 'voc']:.2f} seen, {found['unseen', 'voc']:.2f} unseen; "
+                f"retrieval {found['seen', 'retrieval_top1']:.2f}.").replace("-0.00", "0.00")
+        if name in vlmrm.LANGUAGE_FREE:
+            line += f" By goal images {found['unseen', 'goal_voc']:.2f} unseen."
+        if not name.endswith(("-text", "-oracle")):
+            assert line in " ".join(loss.__doc__.split()), f"{name} should say {line}"
     timing = json.loads((HERE / "data" / "results" / "default-run.json").read_text())
     seconds = f"{np.median(timing['wall_seconds']):.0f} seconds"
     assert seconds in README and seconds in vlmrm.__doc__

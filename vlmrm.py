@@ -60,11 +60,16 @@ import numpy as np
 DATA = Path(__file__).resolve().parent / "data"
 
 # -----------------------------------------------------------------------------
-# 0. The command line: what this file can be asked to do
+# 0. The command line: what this file can be asked to do. On a first reading, skip to section 1.
 
 
 class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
+
+
+def one_line(problem) -> str:
+    """What is wrong, without line breaks: names that were typed may have some."""
+    return " ".join(str(problem).split())
 
 
 def whole(minimum: int, maximum: int = 10**6):
@@ -95,7 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train and test vision-language reward models on Meta-World, one learning "
                     "objective at a time.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda problem: parser.exit(2, f"vlmrm: {problem}; see --help\n")
+    parser.error = lambda problem: parser.exit(2, f"vlmrm: {one_line(problem)}; see --help\n")
     what = parser.add_argument_group("what to do")
     what.add_argument("--objective", default="triplet", metavar="NAME",
                       help="what to train the backbone with, then evaluate: triplet, preference, "
@@ -103,7 +108,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                            "hilp, tcn-text, vip-text, hilp-text, preference-oracle; without "
                            "training zeroshot, goal-baseline, clock, moved; all compares them")
     what.add_argument("--resume", type=Path, metavar="FOLDER",
-                      help="go on with a run that was stopped, with the settings in its folder")
+                      help="go on with a run that was stopped; all settings come from its folder")
     what.add_argument("--score", type=Path, metavar="VIDEO", help="reward every frame of a video, "
                       "GIF, image or folder of images, with a trained --model")
     what.add_argument("--tune", action="store_true",
@@ -165,7 +170,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout  # torch brings it along
 from PIL import Image  # WebP, and --score's pictures
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from scipy.stats import rankdata
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -180,9 +185,10 @@ from tqdm import tqdm
 # expert. Two kinds of episodes are collected:
 #   expert  the scripted policy; only episodes that succeed are kept, cut 5 steps after success.
 #           We train on some of them; on the others, time itself says which frame is further.
-#   mixed   the same policy with noise on its actions, for 150 steps: some succeed, most dither,
-#           fail or go backwards. Nobody trains on them. Here time says less, and the
-#           simulator's own dense reward (0 to 10) says which frame is better.
+#   mixed   the same policy with some of its actions replaced by random ones and noise on all, for
+#           150 steps: some succeed, most dither, fail or go backwards. Nobody trains on them. Here
+#           time says less, and the simulator's own dense reward (0 to 10) says which frame is
+#           better.
 # Ten tasks are never trained on. Each has a sibling among the other forty (open the drawer, close
 # the drawer): they show whether a model reads the instruction or goes by the look of the scene.
 
@@ -218,10 +224,10 @@ def load_instructions(path: Path) -> dict[str, dict]:
 
 def roll_out(env, policy, rng, steps: int, noise: float, random_share: float):
     """Run one episode. Returns a snapshot of the simulator, the reward and the success flag of
-    every step, as three lists. With noise 0 this is the expert, which stops after its success.
+    every step, as three lists. With noise 0 this is the expert, which stops 5 steps after success.
 
     noise is the standard deviation of the Gaussian noise on each action (actions lie in [-1, 1]),
-    random_share the probability that a step's action is drawn uniformly instead.
+    random_share the probability that a step's action is first replaced by a uniform one.
     """
     snapshots, rewards, successes = [], [], []
     observation, _ = env.reset()
@@ -252,12 +258,15 @@ def open_task(task: str, size: int):
     """
     if sys.platform == "linux":  # mujoco reads this once, at import: draw in software by default
         os.environ.setdefault("MUJOCO_GL", "osmesa")
-    warnings.filterwarnings("ignore", message="Constant")  # policies overshoot [-1, 1]; we clip
+    # "Constant(s) may be too high": Meta-World's policies ask for more than [-1, 1], and we clip.
+    warnings.filterwarnings("ignore", message="Constant")
     try:
         import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as environments
         from metaworld.policies import ENV_POLICY_MAP as policies
 
+        if task not in policies:
+            raise InputError(f"unknown task {task!r}; such as {', '.join(list(policies)[:3])}")
         env = environments[task + "-goal-observable"](seed=0)
         env.model.vis.quality.offsamples = 0  # multisampling; read when the renderer is made
         env.model.vis.global_.offwidth = env.model.vis.global_.offheight = size
@@ -266,11 +275,13 @@ def open_task(task: str, size: int):
         raise InputError(
             f"--collect needs {problem.name}, which supports Python 3.10 to 3.13: "
             "pip install -r requirements.txt") from None
+    except InputError:
+        raise
     except Exception as problem:  # graphics libraries fail in many ways
         raise InputError(
             "cannot render: no OpenGL library answered. On Debian or Ubuntu run 'apt-get install "
             "libosmesa6'; with an NVIDIA GPU set MUJOCO_GL=egl "
-            f"({type(problem).__name__}: {str(problem).splitlines()[0][:80]})") from None
+            f"({(str(problem) or repr(problem)).splitlines()[0][:80]})") from None
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     return env, policies[task], renderer
@@ -441,7 +452,7 @@ class Dataset:
             reason = (str(problem) or repr(problem)).splitlines()[0][:150]
             raise InputError(f"{path} is not a data set of this program: {reason}") from None
         # Unpacking an episode takes 2 ms, so the most recent ones stay unpacked, up to 256 MB:
-        # enough for the training episodes of the default data, and a bound for any other.
+        # nearly all that training needs of the default data, and a bound for any other.
         episodes = 256_000_000 // (3 * self.T * self.S**2)
         self.frames = functools.lru_cache(maxsize=episodes)(self.unpack)
 
@@ -496,8 +507,8 @@ class Dataset:
             raise InputError(f"episode {episode} of {self.path} is damaged: {problem}") from None
 
     def load(self, episodes, every: int = 1) -> torch.Tensor:
-        """Every n-th frame of several episodes, unpacked by all cores: uint8 (n, ceil(T / every),
-        S, S, 3)."""
+        """Every n-th frame of some episodes, unpacked by all cores: uint8 (len(episodes),
+        ceil(T / every), S, S, 3)."""
         with ThreadPoolExecutor() as threads:
             unpacked = list(threads.map(self.frames, episodes))
         return torch.from_numpy(np.stack([frames[::every] for frames in unpacked]))
@@ -515,11 +526,13 @@ class Dataset:
 #
 # CLIP is two towers: one maps a picture to a vector, the other a sentence, and both land in the
 # same space. The reward of a frame is the cosine between its vector and the instruction's. That
-# is the whole reward model; an objective only decides where the vectors go.
+# is the whole reward model; an objective only decides where the vectors go. All vectors have unit
+# length: then cosine, dot product and distance say the same, and no objective can win by scale.
 
 # Ours, not the paper's (which fine-tunes SigLIP2): small enough to train while you watch. On
-# validation, towers three times as costly were no better, nor were three text layers than this one,
-# little more than a bag of words. The weights in data/ come from `--objective clip`.
+# validation, towers three times as costly were no better, and three text layers no better than
+# one, which is little more than a bag of words. The weights in data/ come from `--objective clip`
+# on the seen tasks, from random ones.
 TINY = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 96, "patch_size": 16, "width": 128, "layers": 4,
@@ -552,6 +565,7 @@ class RewardModel(nn.Module):
         self.size = size[0] if isinstance(size, (tuple, list)) else size
         mean = getattr(clip.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
         std = getattr(clip.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        # Times 255: of bytes, as the frames are.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         self.low_precision = False  # set by to_device() where the hardware gains from it
@@ -584,9 +598,9 @@ class RewardModel(nn.Module):
 
         The reward is the cosine of frame and sentence, in [-1, 1]: compare frames under one
         sentence, not sentences under one frame. Raises InputError for other frames, and for a
-        sentence that is empty or longer than the backbone reads.
+        sentence that is empty or longer than the backbone reads (of tokenizers that tell: CLIP's).
         """
-        frames = np.asarray(frames)
+        frames = np.ascontiguousarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
             raise InputError("frames must be uint8 (N, H, W, 3), red green blue, 0 to 255; these "
                              f"are {frames.dtype} {frames.shape}")
@@ -629,7 +643,7 @@ def build_backbone(name: str, pretrained: str | None) -> RewardModel:
     logging.disable(logging.ERROR)  # open_clip logs at length what we say in one line
     try:
         clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
-        if tags and pretrained not in tags:  # a file does not say how its pixels were normalised
+        if tags and pretrained not in tags:  # neither a file nor "none" says how to normalise
             published = open_clip.get_pretrained_cfg(name, tags[0])
             clip.visual.image_mean, clip.visual.image_std = (
                 published.get("mean"), published.get("std"))
@@ -694,7 +708,7 @@ def unfrozen(model: nn.Module) -> dict[str, torch.Tensor]:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write all that is not frozen: with LoRA the adapters and the normalisation alone."""
     with whole_file(path) as unfinished:
-        save_file(unfrozen(model), unfinished)
+        unfinished.write_bytes(save(unfrozen(model)))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -709,31 +723,41 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         raise InputError(f"no weights at {path}") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise InputError(f"{path} does not fit this model: {reason}") from None
+        raise InputError(f"{path} does not fit this model: {one_line(problem)[:200]}") from None
 
 
 # -----------------------------------------------------------------------------
 # 3. The learning objectives
 #
-# Every objective sees the same batch: B videos of B different tasks, so that no sentence fits two
-# of them, and of each K = 5 frames in order of time,
+# An objective says which of these vectors should be closer than they are, and which farther apart.
+# There are four ideas, and mixtures of them:
 #
-#     frames  (B, K, D)   embeddings of start < now < next = now + 1 < later < end
-#     texts   (B, D)      embedding of the instruction of each video
+#     order in a video        a later frame beats an earlier one       triplet, preference, vlc, r3m
+#     progress as a number    the reward is the time that has passed   progress
+#     videos and sentences    the right pair beats wrong ones          clip, decisionnce, vlc, liv
+#     distance to a goal      it shrinks, or counts the steps          tcn, vip, liv, hilp
+#
+# All assume that an expert's later frame is the better one. Every objective sees the same batch: B
+# videos of B different tasks, so that no sentence fits two of them, and of each K = 5 frames,
+#
+#     frames  (B, K, D)   unit vectors of start < now < next = now + 1 < later < end
+#     texts   (B, D)      unit vector of the instruction of each video
 #     times   (B, K)      share of the episode that has passed at each frame, 0 to 1
 #
-# and returns one number. It is free to ignore what it has no use for. Notation: cos(a, b) is the
-# cosine, |a - b| the Euclidean distance, e = 1e-8 (it keeps logarithms finite), l the instruction,
-# l' that of another video. The frames start, now, next, end are o0, o, o', og; TCN and R3M call
-# now, later, end s0, s1, s2. Means are over the batch unless the equation says otherwise.
+# and returns one number. It is free to ignore what it has no use for. The frames start, now, next,
+# end are o0, o, o', og in equations; TCN and R3M call now, later, end s0, s1, s2. e = 1e-8 keeps
+# logarithms finite. CE(M) is the mean over rows i of -log softmax(M_i)_i. Means are over the batch
+# unless the equation says otherwise. "Here" are the figures of data/results (mean of three seeds,
+# tuned constants): VOC on seen and unseen tasks, and how often the end of a video prefers its own
+# instruction among all 50 (before fine-tuning .80).
 #
 # The constants in the signatures are the official ones. With them TCN, R3M, VIP, LIV, DecisionNCE
 # and VLC return, value and gradient, what the authors' code returns, HILP's core and the goal
-# baseline the value (the tests compare with data/golden/). Where the official codes contrast with
-# other videos, they draw random permutations of the batch, which now and then pair a video with
-# itself. Our batches come in random order, so we shift them by 1, 2, 3 places: as random, never
-# itself, and the loss stays a pure function.
+# baseline the value (the tests compare with data/golden/, whose batches have, for R3M and LIV, a
+# sixth frame and videos without a text, which ours never have). Where the official codes contrast
+# with other videos, they draw random permutations of the batch, which now and then pair a video
+# with itself. Our batches come in random order, so we shift them by 1, 2, 3 places: as random,
+# never itself, and the loss stays a pure function.
 
 LOG_EPS = math.log(1e-8)
 
@@ -759,7 +783,9 @@ def triplet_loss(frames, texts, times, margin: float = 0.1) -> torch.Tensor:
         L = mean over pairs early < late of max(0, margin - cos(late, l) + cos(early, l))
 
     Anchor: the instruction; positive: the later frame; negative: the earlier one. A reward that
-    rises with time, and nothing else: no other video, no other sentence ever enters.
+    rises with time, and nothing else: no other video, no other sentence ever enters, so that
+    nothing ties a sentence to its task, and the model forgets which is which.
+    Here: VOC 0.93 seen, 0.55 unseen; retrieval 0.12.
     Source: the baseline of 2512.20675, whose exact form we have not seen; this, with all ten pairs
     of the five frames and this margin, is ours.
     """
@@ -776,7 +802,8 @@ def preference_loss(frames, texts, times, scale: float = 1.0) -> torch.Tensor:
 
     Triplet with a soft margin: a pair never stops pulling. In `preference` later is better; in
     `preference-oracle` the training loop hands over the simulator's reward as `times`, and ties are
-    dropped: privileged labels, on the same expert frames, so not a peer of the others.
+    dropped: privileged labels, on the same expert frames, so not a peer of the others. Forgets the
+    tasks as triplet does. Here: VOC 0.93 seen, 0.53 unseen; retrieval 0.08.
     Source: RL-VLM-F, Wang et al., 2402.03681, reward_model.py. Differs: there a VLM labels pairs of
     any two frames, and a CNN without language learns from them, its output in (-1, 1) like ours.
     """
@@ -792,9 +819,11 @@ def progress_loss(frames, texts, times, scale: float = 10.0) -> torch.Tensor:
 
         p = sigmoid(scale cos(o, l));  L = 1/2 mean [ (p(o, l) - t)^2 + (p(o, l') - 0)^2 ]
 
-    The other objectives order frames; this one says how far apart they are. After ReWiND the clip
-    is continued by its own rewinding, with the targets it had on the way up: to a model of single
+    Triplet only orders frames; this also says how far along each is, straight from the clock. It
+    assumes that progress is even in time: a pause, or a slow start, costs. As in ReWiND the clip is
+    continued by its own rewinding, with the targets it had on the way up: to a model of single
     frames this shows no new pair, only the middle twice.
+    Here: VOC 0.76 seen, 0.48 unseen; retrieval 0.67.
     Source: ReWiND, Zhang et al., 2505.10911; SARM, 2509.25358. Differs: no network over time, the
     sigmoid of a scaled cosine instead of a head. No official form for single frames: scale ours.
     """
@@ -816,7 +845,9 @@ def clip_loss(frames, texts, times, scale: float = 1 / 0.07) -> torch.Tensor:
 
         L = matching_loss(M) averaged over the frames of a video, M_ij = scale cos(o_i, l_j)
 
-    Knows nothing of time: any frame of the right video will do. Here it warms up `tiny`.
+    Knows nothing of time: start and end fit the sentence alike, so it orders nothing, and tells
+    tasks apart best of all. It also made the starting weights of `tiny`.
+    Here: VOC 0.00 seen, -0.14 unseen; retrieval 0.84.
     Source: Radford et al., 2103.00020. Differs: CLIP learns the scale; ours is where it starts.
     """
     return matching_loss(scale * cosine(frames.transpose(0, 1)[:, :, None], texts))  # of (K, B, B)
@@ -831,6 +862,8 @@ def decisionnce_p_loss(frames, texts, times, scale: float = 100.0) -> torch.Tens
     The reward has to rise more under its own instruction than under others: how a scene looks
     cancels, so nothing is gained by telling tasks apart by their furniture. What it does under all
     sentences alike cancels too: unlike triplet's, this reward may fall, if only less than others.
+    Assumes that the sentences of a batch ask for different changes.
+    Here: VOC 0.86 seen, 0.44 unseen; retrieval 0.72.
     Source: Li et al., 2402.18137, losses.py. Differs: two late and two early frames instead of one
     (the code allows both); the middle one of five is left out.
     """
@@ -842,16 +875,17 @@ def decisionnce_p_loss(frames, texts, times, scale: float = 100.0) -> torch.Tens
 def decisionnce_t_loss(frames, texts, times, scale: float = 100.0) -> torch.Tensor:
     """DecisionNCE-T: the direction in which a video moves points along its instruction.
 
-        R_ij = scale sum_k d_ik . l_j,  d_ik = (o_k+1 - o_k) / (|o_k+1 - o_k| + 1e-6)
+        R_ij = scale sum over steps a -> b of video i of (b - a) / (|b - a| + 1e-6) . l_j
         L = matching_loss(R)
 
-    The length of a step is divided away: one in which little happens counts as much as one that
-    gets the task done, and two nearly equal frames give a random direction.
+    Assumes that a task is one direction. The length of a step is divided away: one in which little
+    happens counts as much as one that gets the task done, and two nearly equal frames give a random
+    direction. Here: VOC 0.90 seen, 0.51 unseen; retrieval 0.12.
     Source: Li et al., 2402.18137, losses.py. Differs: three steps instead of one (the code allows
     both); the middle one of five frames is left out, being too close to its neighbour.
     """
     half = frames.shape[1] // 2
-    steps = torch.cat([frames[:, :half], frames[:, -half:]], dim=1).diff(dim=1)  # (B, K - 1, D)
+    steps = torch.cat([frames[:, :half], frames[:, -half:]], dim=1).diff(dim=1)  # (B, 3, D)
     directions = steps / (torch.linalg.vector_norm(steps, dim=-1, keepdim=True) + 1e-6)
     return matching_loss(scale * directions.sum(1) @ F.normalize(texts, dim=-1).T)
 
@@ -864,10 +898,12 @@ def vlc_loss(frames, texts, times, scale: float = 1.0, margin: float = 0.0,
         S_ijk = scale cos(frame k of video j, l_i)
         L = rank_weight mean max(0, S_iik - S_ii(k+1) + margin) + matching_loss(S at the end)
 
-    A triplet of neighbours, and CLIP on the last frame to remember which task is which.
+    A triplet of neighbours, and CLIP on the last frame to remember which task is which. At margin 0
+    a flat reward costs nothing: what makes it rise is that only the end meets the CLIP term.
+    Here: VOC 0.87 seen, 0.46 unseen; retrieval 0.66.
     Source: Alakuijala et al., 2405.19988, modules/until_module.py. Differs: S is a transformer
-    over the video so far; ours, over single frames, moves less, which the scale can mend. No
-    failed videos in the batch.
+    over the video so far; ours looks at single frames, and its scores spread less, which the
+    scale can mend. No failed videos in the batch.
     """
     scores = scale * cosine(frames, texts[:, None, None])  # (B texts, B videos, K)
     own = scores.diagonal().mT  # (B, K)
@@ -893,7 +929,8 @@ def tcn_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3)
         (s2, s0) and s2 of other videos, the pair (s1, s0) with (s2, s0) and s0 of other videos
 
     Ignores the instruction: the image tower moves, the text tower does not, and what becomes of
-    their cosine is left to chance. Its own reward is the distance to an image of the goal.
+    their cosine is left to chance. Its own reward is minus the distance to an image of the goal.
+    Here: VOC 0.18 seen, -0.01 unseen; retrieval 0.56. By goal images 0.48 unseen.
     Source: Sermanet et al., 1704.06888, in the softmax form of R3M's code (r3m/trainer.py), the
     likeliest meaning of "TCN" in a comparison of reward models. Differs: there the three are any
     s0 < s1 <= s2, here s2 is the end.
@@ -924,7 +961,8 @@ def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
         (pos, neg) = (end, start), (s1, s0), (s2, s1);  G = cos / temperature
 
     A later frame wins against an earlier one, the right video against the wrong one: a reward must
-    tell both. With unit vectors and no temperature the softmax is nearly flat: small gradients.
+    tell both, and it remembers its tasks. With unit vectors and no temperature the softmax is
+    nearly flat: small gradients. Here: VOC 0.86 seen, 0.45 unseen; retrieval 0.75.
     Source: Nair et al., 2203.12601, r3m/trainer.py. Differs: the official head is an MLP over the
     first frame, this one and frozen DistilBERT; ours is the cosine, the reward that is tested; and
     s2 = end, unless a sixth frame is the end. A text of zeros = no caption.
@@ -951,8 +989,9 @@ def value_loss(value, start, now, next, goal, gamma: float, perms: torch.Tensor)
             [ + the same second term over other videos' (o, o') under this goal ]
 
     Each step costs 1, so V(o) = -1 + gamma V(o') for whoever walks straight to the goal. The first
-    term pulls the start towards the goal; the second punishes steps that fall short of this
-    equation, the worst ones most. Frames (B, D), perms (m, B).
+    term pulls the start towards the goal; the second punishes V(o) > -1 + gamma V(o'), the worst
+    steps most. Nothing punishes V(o) < ..., so V need not end as a count. Frames (B, D), perms (m,
+    B).
     """
     def step_penalty(now, next):
         residual = 1 + value(now, goal) - gamma * value(next, goal)
@@ -965,7 +1004,7 @@ def value_loss(value, start, now, next, goal, gamma: float, perms: torch.Tensor)
 
 def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, negatives: int = 3,
              l1: float = 1e-3, l2: float = 1e-3) -> torch.Tensor:
-    """VIP: the distance to the goal image counts the steps still to go, learnt as a value function.
+    """VIP: the distance to the goal image shrinks with every step, learnt as a value function.
 
         V(o; og) = -scale |o - og|;  L = value_loss(V) + l1 |x|_1 + l2 |x|_2
 
@@ -973,6 +1012,7 @@ def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, nega
     driving intermediate frames away from the goal, down to log e; only the length of the vectors
     stops it. With unit vectors and scale 1, V lies in [-2, 0], while a goal 23 frames away should
     get -(1 - .98^23) / .02 = -18.6: the scale is ours.
+    Here: VOC -0.14 seen, -0.35 unseen; retrieval 0.07. By goal images 0.61 unseen.
     Source: Ma et al., 2210.00030, vip/trainer.py and the released Ego4D constants. Differs: the
     goal is the end of the episode rather than of a random part of it.
     """
@@ -987,13 +1027,16 @@ def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, nega
 
 def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98,
              language_weight: float = 0.0, negatives: int = 0) -> torch.Tensor:
-    """LIV: VIP in the space of CLIP, so that the instruction can stand where the goal image stood.
+    """LIV: VIP and CLIP in one space, so that an instruction could stand where the goal image does.
 
         V(o; og) = cos(o, og) / (1 - gamma);  M_ij = cos(og_i, l_j) / temperature
         L = matching_loss(M) + value_loss(V; goal og) + w_lang value_loss(V; goal l)
 
-    The division makes room for V to count steps. The CLIP term has logit scale 1, on cosines nearly
-    flat: 40 captions start at log 40 = 3.69, and end at best at log(1 + 39 exp(-40/39)) = 2.71.
+    The division makes room for V to count steps. With the official w_lang = 0 a sentence meets the
+    end of its video in the CLIP term, and no frame before it: what orders those is the goal image.
+    The CLIP term has logit scale 1, nearly flat on cosines: 40 instructions start at log 40 = 3.69,
+    and end at best at log(1 + 39 exp(-40/39)) = 2.71.
+    Here: VOC 0.58 seen, 0.17 unseen; retrieval 0.55.
     Source: Ma et al., 2306.00958, liv/trainer.py with the constants of its finetune.yaml (where
     w_lang = 0 and negatives = 0), where the frame that meets the caption is the end: the last of
     `frames`, a sixth if there is one. Differs: only in the batch.
@@ -1004,10 +1047,10 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
         return cosine(a, b) / (1 - gamma)
 
     loss = matching_loss(cosine(frames[:, None, -1], texts) / temperature)
-    for goal, weight in ((goal, 1.0), (texts, language_weight)):
+    for target, weight in ((goal, 1.0), (texts, language_weight)):
         if weight:
             loss = loss + weight * value_loss(
-                value, start, now, next, goal, gamma, shifts(negatives, len(frames)))
+                value, start, now, next, target, gamma, shifts(negatives, len(frames)))
     return loss
 
 
@@ -1035,8 +1078,10 @@ def hilp_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.99,
         another video
 
     Ignores the instruction. Where VIP makes V rise along the video, HILP fits it to a count of
-    steps, by temporal differences. As in VIP, unit vectors can only be 2 apart, and the scale is
-    ours. Frames of other videos are goals that are never reached: they keep videos apart.
+    steps, by temporal differences, and assumes that the shortest way seen is the right one. As in
+    VIP, unit vectors can only be 2 apart, and the scale is ours. Frames of other videos are goals
+    that are never reached: they keep videos apart.
+    Here: VOC 0.05 seen, -0.24 unseen; retrieval 0.16. By goal images 0.56 unseen.
     Source: Park et al., 2402.15567, hilp_gcrl/src/agents/hilp.py. Differs: one network instead of
     two; its own output, detached, instead of a slow copy; goals from five frames.
     """
@@ -1054,7 +1099,9 @@ def hilp_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.99,
 
 def instruction_as_goal(loss):
     """The language version of an objective that ignores language: the instruction takes the place
-    of the last frame, which is the goal of VIP and HILP, and the latest of TCN's three. Ours."""
+    of the last frame, which is the goal of VIP and HILP, and the latest of TCN's three. Where those
+    contrast ends of videos, this contrasts sentences. VOC on unseen tasks: tcn-text and vip-text do
+    about as well as R3M, hilp-text does not. Ours."""
     def with_instruction(frames, texts, times, **constants):
         return loss(torch.cat([frames[:, :-1], texts[:, None]], dim=1), texts, times, **constants)
     return with_instruction
@@ -1068,17 +1115,19 @@ def goal_baseline_reward(frames, goal, baseline, alpha: float = 0.5) -> torch.Te
     g and b embed the instruction and a sentence about the scene before anything is done ("a robot
     arm over a table"), o is the frame, of unit norm; all (..., D), they broadcast. alpha = 0 gives
     the cosine, alpha = 1 counts movement along d alone; beyond the goal r falls again.
-    Source: Rocamonde et al., 2310.12921, src/vlmrm/reward_model.py. No difference.
+    Assumes that the two sentences differ by what the task changes: on a backbone that knows no
+    order it finds none. Source: Rocamonde et al., 2310.12921, src/vlmrm/reward_model.py. No
+    difference, but that equal sentences give numbers.
     """
     direction, offset = goal - baseline, F.normalize(frames, dim=-1) - goal
-    along = (offset * direction).sum(-1) ** 2 / direction.square().sum(-1)  # squared lengths
+    along = (offset * direction).sum(-1) ** 2 / direction.square().sum(-1).clamp(min=1e-12)
     across = offset.square().sum(-1) - along
     return 1 - (along + (1 - alpha) ** 2 * across) / 2
 
 
 # To add an objective, write its function and give it a name here.
 OBJECTIVES = {
-    "zeroshot": None,  # the backbone as it is; tiny has been warmed up with clip
+    "zeroshot": None,  # the backbone before fine-tuning; tiny has been warmed up with clip
     "goal-baseline": None,  # the same, with goal_baseline_reward()
     "clock": None,  # a control: the reward is the time that has passed
     "moved": None,  # a control: the reward is the distance from the first frame
@@ -1131,7 +1180,10 @@ TUNED = {  # objective: (learning rate, its constant)
 # 4. The training loop
 #
 # One loop for every objective and every device. A step: draw a batch, embed its frames and its
-# captions once, ask the objective for its number, move the weights.
+# instructions once, ask the objective for its number, move the weights. The videos of a batch are
+# of different tasks, or a wrong sentence might be right; next is the frame after now, because VIP,
+# LIV and HILP learn from single steps. The learning rate climbs first, while AdamW's averages are
+# young, and then falls to nothing, so that the last steps settle; clipping tames the odd batch.
 
 
 def pick_device(name: str) -> torch.device:
@@ -1241,8 +1293,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer, log: list[dict]) ->
     for i, states in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": state for name, state in states.items()}
     with whole_file(path) as unfinished:
-        save_file(tensors | {"generator": torch.get_rng_state()}, unfinished,
-                  metadata={"log": json.dumps(log)})
+        unfinished.write_bytes(save(tensors | {"generator": torch.get_rng_state()},
+                                    metadata={"log": json.dumps(log)}))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer) -> list[dict]:
@@ -1274,7 +1326,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer) -> list[dict]:
 #
 # Two questions. Does the reward rise while an expert works (VOC)? Does it put frames in the order
 # in which the simulator's reward puts them (ranking accuracy)? And some more, to see what a model
-# that does well on these has in truth learnt: does it read the instruction?
+# that does well on these has in truth learnt: does it read the instruction? VOC, retrieval and
+# antonym look at experts, ranking accuracy within at mixed episodes, across, EPIC and AUROC at all.
+# Mind that a clock gets .8 within: even a failing arm mostly gets closer with time.
 #
 # Values are (E, T): the model's reward of T frames of each of E episodes. Every metric comes from
 # sums over episodes, so a bootstrap over episodes needs no second pass over the frames: draw how
@@ -1295,8 +1349,8 @@ def value_order_correlation(values: np.ndarray) -> np.ndarray:
     return np.divide(ranks @ centred_time, norm, out=np.zeros(len(ranks)), where=norm > 0)
 
 
-def count_below(ranks: np.ndarray, first: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """How many of the first first[q] entries of ranks are less than limits[q], for each query q.
+def count_below(ranks: np.ndarray, prefix: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """How many of ranks[:prefix[q]] are less than limits[q], for each query q.
 
     All are arrays of whole numbers >= 0. Costs O(n log n), as sorting does: bit by bit from the
     highest, entries whose bit is 0 move to the front and the others to the back, each keeping
@@ -1304,9 +1358,9 @@ def count_below(ranks: np.ndarray, first: np.ndarray, limits: np.ndarray) -> np.
     to, and where that is 1, all entries of its range in the other half are less. (This is a
     wavelet matrix.)
     """
-    counts = np.zeros(len(first), np.int64)
-    start, end = np.zeros_like(first), first
-    for bit in reversed(range(int(limits.max(initial=0)).bit_length())):
+    counts = np.zeros(len(prefix), np.int64)
+    start, end = np.zeros_like(prefix), prefix
+    for bit in reversed(range(int(max(limits.max(initial=0), ranks.max(initial=0))).bit_length())):
         one, up = ranks >> bit & 1 == 1, limits >> bit & 1 == 1
         zeros = np.r_[0, np.cumsum(~one)]  # zeros[k]: how many among the first k entries
         counts += np.where(up, zeros[end] - zeros[start], 0)
@@ -1507,7 +1561,9 @@ def average_over_tasks(rows: dict) -> dict:
         for group in ("seen", "unseen"):
             chosen = [row for task, row in defined.items() if group_of(task) == group]
             if chosen:
-                means = np.nanmean(chosen, axis=0)
+                with warnings.catch_warnings():  # of few episodes some bootstraps have no pair
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    means = np.nanmean(chosen, axis=0)
                 report[group][metric] = {"value": means[0], "tasks": len(chosen),
                                          "interval": np.nanquantile(means[1:], [0.025, 0.975])}
     return report
@@ -1532,14 +1588,18 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, dict]:
 
 
 def configuration(args: argparse.Namespace) -> dict:
-    """All that decides the outcome of a run, versions and machine apart."""
+    """All that decides the outcome of a run, versions and machine apart, as far as it is here: what
+    a hub keeps under a tag may change."""
+    weights = Path(args.pretrained or DATA / "tiny.safetensors")  # or a tag, which is no file
     learning_rate, constants = LEARNING_RATE, {}
     if args.setting == "tuned":
         learning_rate, constants = TUNED.get(args.objective, (learning_rate, constants))
     return {key: getattr(args, key) for key in (
         "objective", "setting", "seed", "backbone", "pretrained", "lora", "steps", "batch")} | {
         "learning_rate": args.learning_rate or learning_rate, "constants": constants,
-        "alpha": args.alpha, "baseline": args.baseline, "data_sha256": checksum(args.data)}
+        "alpha": args.alpha, "baseline": args.baseline, "data_sha256": checksum(args.data),
+        "instructions_sha256": checksum(args.instructions),
+        "weights_sha256": checksum(weights) if weights.is_file() else None}
 
 
 def checksum(path: Path) -> str:
@@ -1602,9 +1662,12 @@ def write_json(path: Path, content: dict) -> None:
 def read_config(folder: Path) -> dict:
     """The settings of a run. Raises InputError when the folder is no run."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if lacking := {"objective", "backbone", "pretrained", "lora"} - set(config):
+            raise ValueError(f"config.json lacks {sorted(lacking)[0]}")
+    except (OSError, ValueError, TypeError) as problem:
         raise InputError(f"{folder} is not the folder of a run: {problem!r}") from None
+    return config
 
 
 def refuse_other_settings(folder: Path, config: dict) -> None:
@@ -1652,6 +1715,7 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
             "open_clip": open_clip.__version__, "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}"})
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained *= OBJECTIVES[args.objective] is not None
         print(f"{args.objective} on {args.backbone}, {trained / 1e6:.1f} M weights to train, "
               f"{model.mean.device}{', bfloat16' if model.low_precision else ''}; {data.E} "
               f"episodes of {len(np.unique(data.task))} tasks from {data.path}", flush=True)
@@ -1680,20 +1744,33 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
     return report
 
 
+def check_objective(name: str) -> None:
+    """Raise InputError, with the nearest names, unless there is such an objective."""
+    if name not in [*OBJECTIVES, "all"]:
+        near = difflib.get_close_matches(name, [*OBJECTIVES, "all"], 5, cutoff=0)
+        raise InputError(f"unknown objective {name!r}; the nearest names are {', '.join(near)}")
+
+
+def settings_in(folder: Path, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with which the unfinished run in the folder was started, for --resume."""
+    made = read_config(folder)
+    if (folder / "metrics.json").exists():
+        raise InputError(f"the run in {folder} is finished: there is nothing to go on with")
+    check_objective(made["objective"])
+    try:
+        return argparse.Namespace(**vars(args) | {key: made[key] for key in (
+            "objective", "setting", "seed", "backbone", "pretrained", "lora", "steps", "batch",
+            "learning_rate", "alpha", "baseline", "device")} | {
+            key: Path(made[key]) for key in ("data", "instructions")})
+    except (KeyError, TypeError) as problem:
+        raise InputError(f"{folder}/config.json is damaged: {problem!r}") from None
+
+
 def run_once(args: argparse.Namespace) -> None:
-    """One run, in runs/<name>; without a name objective and seed, and a number if that is taken.
-    With --resume the one in that folder, which is all that has to be said."""
+    """One run, in runs/<name>: by default <objective>-seed<seed>, numbered if that is taken.
+    --resume FOLDER needs nothing else, the settings come from there."""
     if args.resume:
-        folder, made = args.resume, read_config(args.resume)
-        if (folder / "metrics.json").exists():
-            raise InputError(f"the run in {folder} is finished: there is nothing to go on with")
-        try:
-            args = argparse.Namespace(**vars(args) | {key: made[key] for key in (
-                "objective", "setting", "seed", "backbone", "pretrained", "lora", "steps", "batch",
-                "learning_rate", "alpha", "baseline", "device")} | {
-                key: Path(made[key]) for key in ("data", "instructions")})
-        except KeyError as problem:
-            raise InputError(f"{folder}/config.json lacks {problem}") from None
+        folder, args = args.resume, settings_in(args.resume, args)
     elif args.name:
         if (folder := args.runs / args.name).exists():
             raise InputError(f"{folder} exists: choose another --name, remove it, or go on with "
@@ -1703,16 +1780,21 @@ def run_once(args: argparse.Namespace) -> None:
         while folder.exists():
             folder, n = args.runs / f"{args.objective}-seed{args.seed}-{n}", n + 1
     data, sentences = load_data(args)
+    started = STARTED if __name__ == "__main__" else time.perf_counter()
     try:
-        report = run(args, data, sentences, STARTED, folder)
+        report = run(args, data, sentences, started, folder)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: python vlmrm.py --resume {folder}") from None
+        raise KeyboardInterrupt(f"go on with: python vlmrm.py --resume {folder}" * folder.exists()
+                                ) from None
     print(companion("report").format_report(report))
     print(f"{report['wall_seconds']:.0f} s in all. Weights, metrics and pictures are in {folder}")
 
 
 # -----------------------------------------------------------------------------
 # 7. Use: a trained model as a function, and as the reward of an environment
+#
+# A reward that is maximised is also exploited: what it likes without reason will be found. See
+# "Several models at once" in the README before trusting one with a policy.
 
 
 def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
@@ -1722,10 +1804,7 @@ def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
     needs the pretrained weights it was trained on, from the same place as then.
     """
     config = read_config(Path(run_dir))
-    try:
-        backbone, pretrained, lora = config["backbone"], config["pretrained"], config["lora"]
-    except (KeyError, TypeError) as problem:
-        raise InputError(f"{run_dir} is not the folder of a run: {problem!r}") from None
+    backbone, pretrained, lora = config["backbone"], config["pretrained"], config["lora"]
     if lora:
         model = build_backbone(backbone, pretrained)
         add_lora(model, lora)
@@ -1737,8 +1816,8 @@ def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
 
 def wrap_environment(env, model: RewardModel, instruction: str, render=None, shaping: bool = False,
                      gamma: float = 0.99):
-    """The gymnasium environment with the model's reward in place of its own, which stays in
-    info["environment_reward"].
+    """The gymnasium environment with the model's reward in place of its own, or added to it as a
+    potential; its own stays in info["environment_reward"].
 
     render() -> uint8 (H, W, 3); not given, env.render(). The reward is that of the frame after the
     step. With shaping it is added to the environment's own, as gamma r(s') - r(s): whatever the
@@ -1771,10 +1850,7 @@ def wrap_environment(env, model: RewardModel, instruction: str, render=None, sha
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        if args.objective not in [*OBJECTIVES, "all"]:
-            near = difflib.get_close_matches(args.objective, [*OBJECTIVES, "all"], 5, cutoff=0)
-            raise InputError(f"unknown objective {args.objective!r}; the nearest names are "
-                             + ", ".join(near))
+        check_objective(args.objective)
         if args.collect:
             collect(args)
         elif args.score:
@@ -1783,11 +1859,8 @@ def main(argv: list[str] | None = None) -> int:
             companion("study").main(args)
         else:
             run_once(args)
-    except InputError as problem:
-        print(f"vlmrm: {problem}", file=sys.stderr)
-        return 2
-    except (OSError, SafetensorError) as problem:  # a full disk, a folder that cannot be written
-        print(f"vlmrm: {' '.join(str(problem).split())}", file=sys.stderr)
+    except (InputError, OSError) as problem:  # OSError: a full disk, a folder that is read-only
+        print(f"vlmrm: {one_line(problem)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\nvlmrm: stopped; {interrupt}", file=sys.stderr)

@@ -61,6 +61,12 @@ def main(args: argparse.Namespace) -> None:
     if not (args.model / "config.json").exists():
         raise vlmrm.InputError(f"no trained model in {args.model}: train one with 'python vlmrm.py "
                                "--objective triplet', or name another --model")
+    objective = vlmrm.read_config(args.model)["objective"]
+    if objective in vlmrm.LANGUAGE_FREE:
+        raise vlmrm.InputError(f"the model in {args.model} was trained by {objective}, which knows "
+                               "no sentence: its cosine with one means nothing")
+    if objective != "zeroshot" and vlmrm.OBJECTIVES.get(objective, True) is None:
+        raise vlmrm.InputError(f"{objective} is a control with a reward of its own, no model")
     model = vlmrm.load_reward_model(args.model, args.device)
     rewards, thumbnails, frames = [], [], read_frames(args.score)
     for some in iter(lambda: list(itertools.islice(frames, 32)), []):
