@@ -67,6 +67,12 @@ class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
 
 
+def unknown(kind: str, name: str, known: list[str]) -> InputError:
+    """The error for a name that does not exist: the nearest ones that do."""
+    near = difflib.get_close_matches(name, known, 5, cutoff=0)
+    return InputError(f"unknown {kind} {name!r}; the nearest names are {', '.join(near)}")
+
+
 def one_line(problem) -> str:
     """What is wrong, without line breaks: names that were typed may have some."""
     return " ".join(str(problem).split())
@@ -266,7 +272,7 @@ def open_task(task: str, size: int):
         from metaworld.policies import ENV_POLICY_MAP as policies
 
         if task not in policies:
-            raise InputError(f"unknown task {task!r}; such as {', '.join(list(policies)[:3])}")
+            raise unknown("task", task, list(policies))
         env = environments[task + "-goal-observable"](seed=0)
         env.model.vis.quality.offsamples = 0  # multisampling; read when the renderer is made
         env.model.vis.global_.offwidth = env.model.vis.global_.offheight = size
@@ -374,8 +380,7 @@ def collect(args: argparse.Namespace) -> None:
     known = sorted(load_instructions(args.instructions))
     for task in args.tasks:
         if task not in known:
-            near = difflib.get_close_matches(task, known, n=3, cutoff=0)
-            raise InputError(f"unknown task {task!r}; did you mean {', '.join(near)}?")
+            raise unknown("task", task, known)
     if args.frames * args.size > 16383:
         raise InputError(f"--frames {args.frames} of --size {args.size} do not fit into one WebP "
                          "strip: their product may be 16383 at most")
@@ -456,6 +461,35 @@ class Dataset:
         episodes = 256_000_000 // (3 * self.T * self.S**2)
         self.frames = functools.lru_cache(maxsize=episodes)(self.unpack)
 
+    def strip(self, episode: int) -> np.ndarray:
+        """The frames of one episode, one beneath the other: uint8 (T * S, S, 3)."""
+        first, last = (int(offset) for offset in self.offsets[episode:episode + 2])
+        with open(self.path, "rb") as file:
+            file.seek(self.start + first)
+            with Image.open(io.BytesIO(file.read(last - first)), formats=["WEBP"]) as picture:
+                return np.asarray(picture.convert("RGB"))
+
+    def unpack(self, episode: int) -> np.ndarray:
+        """The frames of one episode, uint8 (T, S, S, 3). Raises InputError if it is damaged."""
+        try:
+            return self.strip(episode).reshape(self.T, self.S, self.S, 3)
+        except (OSError, ValueError) as problem:
+            raise InputError(f"episode {episode} of {self.path} is damaged: {problem}") from None
+
+    def load(self, episodes, every: int = 1) -> torch.Tensor:
+        """Every n-th frame of some episodes, unpacked by all cores: uint8 (len(episodes),
+        ceil(T / every), S, S, 3)."""
+        with ThreadPoolExecutor() as threads:
+            unpacked = list(threads.map(self.frames, episodes))
+        return torch.from_numpy(np.stack([frames[::every] for frames in unpacked]))
+
+    def select(self, **wanted) -> np.ndarray:
+        """Indices of the episodes that match: select(split="test", source="expert")."""
+        keep = np.ones(self.E, bool)
+        for field, value in wanted.items():
+            keep &= getattr(self, field) == value
+        return np.flatnonzero(keep)
+
     def start_of_strips(self) -> int:
         """Where in the file the bytes of the array `strips` begin."""
         with zipfile.ZipFile(self.path) as archive:
@@ -490,35 +524,6 @@ class Dataset:
         if (self.offsets[0], self.offsets[-1]) != (0, self.n_bytes) or (
                 np.diff(self.offsets.astype(np.int64)) <= 0).any():
             raise ValueError("the offsets of the episodes do not fit the strips")
-
-    def strip(self, episode: int) -> np.ndarray:
-        """The frames of one episode, one beneath the other: uint8 (T * S, S, 3)."""
-        first, last = (int(offset) for offset in self.offsets[episode:episode + 2])
-        with open(self.path, "rb") as file:
-            file.seek(self.start + first)
-            with Image.open(io.BytesIO(file.read(last - first)), formats=["WEBP"]) as picture:
-                return np.asarray(picture.convert("RGB"))
-
-    def unpack(self, episode: int) -> np.ndarray:
-        """The frames of one episode, uint8 (T, S, S, 3). Raises InputError if it is damaged."""
-        try:
-            return self.strip(episode).reshape(self.T, self.S, self.S, 3)
-        except (OSError, ValueError) as problem:
-            raise InputError(f"episode {episode} of {self.path} is damaged: {problem}") from None
-
-    def load(self, episodes, every: int = 1) -> torch.Tensor:
-        """Every n-th frame of some episodes, unpacked by all cores: uint8 (len(episodes),
-        ceil(T / every), S, S, 3)."""
-        with ThreadPoolExecutor() as threads:
-            unpacked = list(threads.map(self.frames, episodes))
-        return torch.from_numpy(np.stack([frames[::every] for frames in unpacked]))
-
-    def select(self, **wanted) -> np.ndarray:
-        """Indices of the episodes that match: select(split="test", source="expert")."""
-        keep = np.ones(self.E, bool)
-        for field, value in wanted.items():
-            keep &= getattr(self, field) == value
-        return np.flatnonzero(keep)
 
 
 # -----------------------------------------------------------------------------
@@ -632,9 +637,7 @@ def build_backbone(name: str, pretrained: str | None) -> RewardModel:
             load_weights(model, Path(pretrained))
         return model
     if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()], 5, cutoff=0)
-        raise InputError(f"unknown backbone {name!r}; the nearest names are {', '.join(near)} "
-                         "(all: python -c 'import open_clip; print(open_clip.list_models())')")
+        raise unknown("backbone", name, ["tiny", *open_clip.list_models()])
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or not (pretrained in ["none", *tags] or Path(pretrained).is_file()):
         given = f"has no weights {pretrained!r}" if pretrained else "needs --pretrained"
@@ -965,7 +968,7 @@ def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
     nearly flat: small gradients. Here: VOC 0.86 seen, 0.45 unseen; retrieval 0.75.
     Source: Nair et al., 2203.12601, r3m/trainer.py. Differs: the official head is an MLP over the
     first frame, this one and frozen DistilBERT; ours is the cosine, the reward that is tested; and
-    s2 = end, unless a sixth frame is the end. A text of zeros = no caption.
+    s2 = end, unless a sixth frame is the end. A text of zeros is none.
     """
     start, s0, _, s1, s2 = frames[:, :5].unbind(1)
     end = frames[:, -1]
@@ -975,10 +978,10 @@ def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
         language = language + softmax_loss(
             cosine(positive, texts) / temperature,
             [cosine(rival, texts) / temperature for rival in rivals]) / 3
-    captioned = texts.any(dim=-1)  # (B,)
+    has_text = texts.any(dim=-1)  # (B,)
     tcn = tcn_loss(frames, texts, times, temperature, negatives)
     used = torch.stack([start, s0, s1, s2, end])
-    return tcn + (captioned * language).mean() + norm_penalty(used, l1, l2)
+    return tcn + (has_text * language).mean() + norm_penalty(used, l1, l2)
 
 
 def value_loss(value, start, now, next, goal, gamma: float, perms: torch.Tensor) -> torch.Tensor:
@@ -1038,7 +1041,7 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
     and end at best at log(1 + 39 exp(-40/39)) = 2.71.
     Here: VOC 0.58 seen, 0.17 unseen; retrieval 0.55.
     Source: Ma et al., 2306.00958, liv/trainer.py with the constants of its finetune.yaml (where
-    w_lang = 0 and negatives = 0), where the frame that meets the caption is the end: the last of
+    w_lang = 0 and negatives = 0). The frame that meets the instruction is the end: the last of
     `frames`, a sixth if there is one. Differs: only in the batch.
     """
     start, now, next, _, goal = frames[:, :5].unbind(1)
@@ -1403,10 +1406,10 @@ def bootstrap_weights(rng, source: np.ndarray, replicates: int = 1000) -> np.nda
     return weights
 
 
-def weighted_ratio(weights: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """sum above / sum below over episodes (E,), counted by weights (R, E); NaN for 0 / 0. (R,)"""
-    above, below = (weights * above).sum(1), (weights * below).sum(1)
-    return np.divide(above, below, out=np.full(len(weights), np.nan), where=below > 0)
+def weighted_ratio(weights: np.ndarray, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """sum part / sum whole over episodes (E,), counted by weights (R, E); NaN for 0 / 0. (R,)"""
+    part, whole = (weights * part).sum(1), (weights * whole).sum(1)
+    return np.divide(part, whole, out=np.full(len(weights), np.nan), where=whole > 0)
 
 
 def epic_distance(weights: np.ndarray, values: np.ndarray, rewards: np.ndarray) -> np.ndarray:
@@ -1434,12 +1437,12 @@ def success_auroc(weights: np.ndarray, values: np.ndarray, success: np.ndarray) 
     values and success (E,) are of the last frame of each episode, weights (R, E) count the
     episodes. (R,), NaN without successes or failures.
     """
-    order = np.sort(values)
-    failures = np.cumsum((weights * ~success)[:, np.argsort(values)], axis=1)
+    order = np.argsort(values)
+    failures = np.cumsum((weights * ~success)[:, order], axis=1)
     failures = np.concatenate([np.zeros((len(weights), 1)), failures], axis=1)  # (R, E + 1)
-    below, upto = (failures[:, np.searchsorted(order, values, side)] for side in ("left", "right"))
-    successes = weights * success
-    return weighted_ratio(successes, (below + upto) / 2, failures[:, -1:])
+    lower, not_higher = (failures[:, np.searchsorted(values[order], values, side)]
+                         for side in ("left", "right"))  # (R, E): failures beaten by each episode
+    return weighted_ratio(weights * success, (lower + not_higher) / 2, failures[:, -1:])
 
 
 def goal_image_rewards(frames: torch.Tensor, expert: np.ndarray) -> np.ndarray:
@@ -1745,10 +1748,9 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
 
 
 def check_objective(name: str) -> None:
-    """Raise InputError, with the nearest names, unless there is such an objective."""
+    """Raise InputError unless there is such an objective."""
     if name not in [*OBJECTIVES, "all"]:
-        near = difflib.get_close_matches(name, [*OBJECTIVES, "all"], 5, cutoff=0)
-        raise InputError(f"unknown objective {name!r}; the nearest names are {', '.join(near)}")
+        raise unknown("objective", name, [*OBJECTIVES, "all"])
 
 
 def settings_in(folder: Path, args: argparse.Namespace) -> argparse.Namespace:

@@ -614,9 +614,10 @@ def draw_growth(found: dict, path: Path) -> None:
         points = found["growth"][key]
         axis.plot([point["x"] for point in points], [point[field] for point in points], "o-",
                   color=SEEN)
-        axis.set_ylim(0)
-        axis.set_xticks([point["x"] for point in points], [point["x"] for point in points],
-                        fontsize=8)
+        axis.set_ylim(0, 1.1 * max(point[field] for point in points))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([point["x"] for point in points], [point["x"] for point in points])
+        axis.minorticks_off()
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel(label, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
