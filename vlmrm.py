@@ -740,8 +740,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 #     videos and sentences    the right pair beats wrong ones          clip, decisionnce, vlc, liv
 #     distance to a goal      it shrinks, or counts the steps          tcn, vip, liv, hilp
 #
-# All assume that an expert's later frame is the better one. Every objective sees the same batch: B
-# videos of B different tasks, so that no sentence fits two of them, and of each K = 5 frames,
+# All but clip assume that an expert's later frame is the better one. Every objective sees the same
+# batch: B videos of B different tasks, so that no sentence fits two of them, and of each K = 5
+# frames,
 #
 #     frames  (B, K, D)   unit vectors of start < now < next = now + 1 < later < end
 #     texts   (B, D)      unit vector of the instruction of each video
@@ -751,8 +752,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 # end are o0, o, o', og in equations; TCN and R3M call now, later, end s0, s1, s2. e = 1e-8 keeps
 # logarithms finite. CE(M) is the mean over rows i of -log softmax(M_i)_i. Means are over the batch
 # unless the equation says otherwise. "Here" are the figures of data/results (mean of three seeds,
-# tuned constants): VOC on seen and unseen tasks, and how often the end of a video prefers its own
-# instruction among all 50 (before fine-tuning .80).
+# tuned constants): VOC, how well the reward orders an expert's frames (section 5), on seen and on
+# unseen tasks, and how often the end of a video of a seen task prefers its own instruction among
+# all 50 (before fine-tuning .80).
 #
 # The constants in the signatures are the official ones. With them TCN, R3M, VIP, LIV, DecisionNCE
 # and VLC return, value and gradient, what the authors' code returns, HILP's core and the goal
