@@ -1150,6 +1150,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy, sentences):
         train_toy(toy, sentences, loss=lambda frames, texts, times: frames.sum() * math.nan)
 
 
+@pytest.mark.parametrize("loss", [
+    lambda frames, texts, times: None, lambda frames, texts, times: 0.5,
+    lambda frames, texts, times: frames.sum((1, 2)), lambda frames, texts, times: times.sum()])
+def test_an_objective_that_returns_no_loss_is_refused(toy, sentences, loss):
+    with pytest.raises(vlmrm.InputError, match="must return a tensor with one number"):
+        train_toy(toy, sentences, loss=loss)
+
+
 def test_batch_larger_than_the_number_of_tasks(toy, sentences):
     with pytest.raises(vlmrm.InputError, match="--batch 4"):
         train_toy(toy, sentences, batch=4)

@@ -1246,9 +1246,8 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
     """Train the model in place. Returns the log: step, loss, seconds and, now and then, validation
     VOC. Same seed, same CPU, same number of threads: the same weights, bit for bit.
 
-    oracle hands the simulator's rewards to the loss in the place of times. checkpoint is a file to
-    save to ten times on the way, and to go on from if it is there.
-    Raises InputError when the loss stops being finite, with the step and what broke.
+    oracle: the loss gets the simulator's rewards as times. checkpoint: a file to save to ten times
+    on the way, and to go on from. Raises InputError when the loss is no number or not finite.
     """
     device, rng = model.mean.device, np.random.default_rng(seed)
     episodes = training_episodes(data, batch)
@@ -1272,6 +1271,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
             texts = model.embed_texts(
                 [sentences[task]["instruction"] for task in data.task[chosen]])  # (B, D)
             loss = loss_function(frames, texts, torch.tensor(times).float().to(device))
+            check_loss(loss)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(weights, 1.0)
@@ -1290,6 +1290,13 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
                 save_checkpoint(checkpoint, model, optimizer, log)
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", validation_voc=latest)
     return log
+
+
+def check_loss(loss) -> None:
+    """Raise InputError unless an objective has returned something to minimise."""
+    if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
+        raise InputError("the objective must return a tensor with one number, which depends on the "
+                         "embeddings")
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer, log: list[dict]) -> None:
