@@ -7,7 +7,7 @@ vectors, and their cosine is the reward. What it is worth depends on the objecti
 with, and that is what this file compares, after "Revisiting the learning objectives of
 vision-language reward models" (arXiv 2512.20675): same backbone, same videos, same evaluation.
 
-    python vlmrm.py --objective triplet     train, test, draw: 40 seconds on two CPU cores
+    python vlmrm.py --objective triplet     train, test, draw: 45 seconds on two CPU cores
     python vlmrm.py --score clip.mp4 --instruction "open the drawer"        use what was trained
     python vlmrm.py --objective all --seeds 3                               the study
     python vlmrm.py --collect --tasks reach-v3 push-v3 --output two.npz     make your own videos
