@@ -1336,7 +1336,7 @@ def test_a_full_disk_ends_in_one_line(program, tmp_path, monkeypatch, capsys, wr
 
 def test_a_folder_that_cannot_be_written(program, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert program("--name", "file/run") == 2
+    assert program("--runs", tmp_path / "file", "--name", "run") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "file" in error
 
@@ -1362,8 +1362,8 @@ def test_score_a_video(finished, toy, tmp_path, capsys, suffix):
     pictures = [Image.fromarray(frame).resize((64, 64)) for frame in toy.frames(0)]
     if suffix == "":
         path.mkdir()
-        for k, picture in enumerate(pictures):
-            picture.convert(["L", "RGBA", "RGB"][k % 3]).save(path / f"{k:02}.png")
+        for k, picture in enumerate(pictures, start=2):  # 10 comes after 9
+            picture.convert("L" if k == 2 else ["RGBA", "RGB"][k % 2]).save(path / f"{k}.png")
     elif suffix == ".mp4":
         imageio.imwrite(path, np.stack([np.asarray(picture) for picture in pictures]), fps=5)
     else:
@@ -1377,6 +1377,8 @@ def test_score_a_video(finished, toy, tmp_path, capsys, suffix):
     model = vlmrm.load_reward_model(finished[0], device="cpu")
     frames = np.stack(list(vlmrm.companion("score").read_frames(path)))
     assert model.score(frames, "open the drawer") == pytest.approx(rewards, abs=1e-4)
+    if suffix == "":
+        assert (frames[1:] == np.stack([np.asarray(p) for p in pictures])[1:]).all()
     assert (tmp_path / "clip-rewards.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -1648,6 +1650,7 @@ def test_help_is_there_before_the_slow_imports():
     (["--batch", "41"], "--batch 41"),
     (["--lora", "2", "--pretrained", "none"], "adapts pretrained weights"),
     (["--name", "data", "--runs", "."], "data exists"),
+    (["--name", "../run"], "no plain name"),
     (["--collect", "--frames", "200"], "16383"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, says, capsys, monkeypatch, tmp_path):

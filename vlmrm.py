@@ -1218,7 +1218,8 @@ def training_episodes(data: Dataset, batch: int) -> dict[str, np.ndarray]:
     tasks = np.unique(data.task[train_set])
     if batch > len(tasks):
         raise InputError(f"--batch {batch} needs as many tasks to train on, and {data.path} has "
-                         f"{len(tasks)}: every video of a batch comes from another task")
+                         f"{len(tasks)}: every video of a batch comes from another task, and the "
+                         "ten unseen ones are never trained on")
     return {task: train_set[data.task[train_set] == task] for task in tasks}
 
 
@@ -1783,6 +1784,8 @@ def run_once(args: argparse.Namespace) -> None:
     if args.resume:
         folder, args = args.resume, settings_in(args.resume, args)
     elif args.name:
+        if Path(args.name).name != args.name:
+            raise InputError(f"--name {args.name} is no plain name; --runs chooses the folder")
         if (folder := args.runs / args.name).exists():
             raise InputError(f"{folder} exists: choose another --name, remove it, or go on with "
                              f"it: --resume {folder}")

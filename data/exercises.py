@@ -5,8 +5,9 @@
 
 1. A LOSS BY HAND. A video's five frames have the cosines 0.0, 0.3, 0.2, 0.2, 0.6 with its
    instruction. What is triplet_loss at margin 0.1? answer_1 = ...
-2. THE PLANTED BUG. planted_loss() below wants to be decisionnce_p_loss() and is not: it rewards a
-   model whose cosines are simply all higher under the right sentence. Which character is wrong?
+2. THE PLANTED BUG. planted_loss() in data/exercises.py wants to be decisionnce_p_loss() and is
+   not: it rewards a model whose cosines are simply all higher under the right sentence. Which
+   character is wrong?
    def answer_2(frames, texts, times): the loss, mended
 3. MARGIN AGAINST TEMPERATURE. softplus(s x) / s is a soft max(0, x). From which s on do the two
    never differ by more than 0.01? Two digits will do. answer_3 = ...

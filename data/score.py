@@ -4,6 +4,7 @@
 """
 import argparse
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def pictures_in(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a film, GIF or image, or of a folder of images in the order of their names."""
+    """The frames of a film, GIF or image, or of a folder of images in the order of their names, in
+    which numbers count as numbers: 2.png comes before 10.png."""
     if path.is_dir():
-        for file in sorted(path.iterdir()):
-            if file.suffix.lower() in PICTURES:
+        for file in sorted(path.iterdir(), key=lambda file: [
+                int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]):
+            if file.suffix.lower() in PICTURES and not file.stem.endswith("-rewards"):  # ours
                 yield from pictures_in(file)
     elif path.suffix.lower() in (*PICTURES, ".gif"):
         with Image.open(path) as picture:
