@@ -78,6 +78,11 @@ def one_line(problem) -> str:
     return " ".join(str(problem).split())
 
 
+def first_line(problem: Exception, length: int) -> str:
+    """The beginning of what another library says is wrong, or its kind if it says nothing."""
+    return (str(problem).strip() or repr(problem)).splitlines()[0][:length]
+
+
 def whole(minimum: int, maximum: int = 10**6):
     """A type for argparse: whole numbers from `minimum` to `maximum`."""
     def whole_number(text: str) -> int:
@@ -287,7 +292,7 @@ def open_task(task: str, size: int):
         raise InputError(
             "cannot render: no OpenGL library answered. On Debian or Ubuntu run 'apt-get install "
             "libosmesa6'; with an NVIDIA GPU set MUJOCO_GL=egl "
-            f"({(str(problem) or repr(problem)).splitlines()[0][:80]})") from None
+            f"({first_line(problem, 80)})") from None
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     return env, policies[task], renderer
@@ -454,20 +459,24 @@ class Dataset:
                              f"--output {path}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError,
                 NotImplementedError, zipfile.BadZipFile, zlib.error) as problem:
-            reason = (str(problem) or repr(problem)).splitlines()[0][:150]
-            raise InputError(f"{path} is not a data set of this program: {reason}") from None
+            raise InputError(f"{path} is not a data set of this program: "
+                             f"{first_line(problem, 150)}") from None
         # Unpacking an episode takes 2 ms, so the most recent ones stay unpacked, up to 256 MB:
         # nearly all that training needs of the default data, and a bound for any other.
         episodes = 256_000_000 // (3 * self.T * self.S**2)
         self.frames = functools.lru_cache(maxsize=episodes)(self.unpack)
 
-    def strip(self, episode: int) -> np.ndarray:
-        """The frames of one episode, one beneath the other: uint8 (T * S, S, 3)."""
+    def packed(self, episode: int) -> bytes:
+        """The WebP of one episode, as it lies in the file."""
         first, last = (int(offset) for offset in self.offsets[episode:episode + 2])
         with open(self.path, "rb") as file:
             file.seek(self.start + first)
-            with Image.open(io.BytesIO(file.read(last - first)), formats=["WEBP"]) as picture:
-                return np.asarray(picture.convert("RGB"))
+            return file.read(last - first)
+
+    def strip(self, episode: int) -> np.ndarray:
+        """The frames of one episode, one beneath the other: uint8 (T * S, S, 3)."""
+        with Image.open(io.BytesIO(self.packed(episode)), formats=["WEBP"]) as picture:
+            return np.asarray(picture.convert("RGB"))
 
     def unpack(self, episode: int) -> np.ndarray:
         """The frames of one episode, uint8 (T, S, S, 3). Raises InputError if it is damaged."""
@@ -654,9 +663,9 @@ def build_backbone(name: str, pretrained: str | None) -> RewardModel:
     except ImportError as problem:
         raise InputError(f"{name} needs another package: {problem}") from None
     except Exception as problem:  # hubs fail in as many ways as there are network libraries
-        reason = (str(problem).strip() or repr(problem)).splitlines()[0][:120]
-        raise InputError(f"cannot load {name} / {pretrained}: {reason}. Without a network, "
-                         "download the checkpoint elsewhere; --pretrained takes its path") from None
+        raise InputError(f"cannot load {name} / {pretrained}: {first_line(problem, 120)}. Without "
+                         "a network, download the checkpoint elsewhere; --pretrained takes its "
+                         "path") from None
     finally:
         logging.disable(logging.NOTSET)
 
@@ -1600,6 +1609,10 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, dict]:
     return data, sentences
 
 
+SETTINGS = ("objective", "setting", "seed", "backbone", "pretrained", "lora", "steps", "batch",
+            "learning_rate", "alpha", "baseline")  # the options that decide the outcome of a run
+
+
 def configuration(args: argparse.Namespace) -> dict:
     """All that decides the outcome of a run, versions and machine apart, as far as it is here: what
     a hub keeps under a tag may change."""
@@ -1607,10 +1620,9 @@ def configuration(args: argparse.Namespace) -> dict:
     learning_rate, constants = LEARNING_RATE, {}
     if args.setting == "tuned":
         learning_rate, constants = TUNED.get(args.objective, (learning_rate, constants))
-    return {key: getattr(args, key) for key in (
-        "objective", "setting", "seed", "backbone", "pretrained", "lora", "steps", "batch")} | {
+    return {key: getattr(args, key) for key in SETTINGS} | {
         "learning_rate": args.learning_rate or learning_rate, "constants": constants,
-        "alpha": args.alpha, "baseline": args.baseline, "data_sha256": checksum(args.data),
+        "data_sha256": checksum(args.data),
         "instructions_sha256": checksum(args.instructions),
         "weights_sha256": checksum(weights) if weights.is_file() else None}
 
@@ -1770,9 +1782,8 @@ def settings_in(folder: Path, args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"the run in {folder} is finished: there is nothing to go on with")
     check_objective(made["objective"])
     try:
-        return argparse.Namespace(**vars(args) | {key: made[key] for key in (
-            "objective", "setting", "seed", "backbone", "pretrained", "lora", "steps", "batch",
-            "learning_rate", "alpha", "baseline", "device")} | {
+        return argparse.Namespace(**vars(args) | {
+            key: made[key] for key in (*SETTINGS, "device")} | {
             key: Path(made[key]) for key in ("data", "instructions")})
     except (KeyError, TypeError) as problem:
         raise InputError(f"{folder}/config.json is damaged: {problem!r}") from None

@@ -139,6 +139,7 @@ def training() -> dict:
     args, data, sentences, model = workload()
     for episode in data.select(split="train"):
         data.frames(episode)  # the buffer is full, as it is after the first steps of a run
+
     def ours():
         log = vlmrm.train(model, data_without_validation(data), sentences, vlmrm.triplet_loss,
                           steps=4, batch=40, learning_rate=1e-6, seed=0)
@@ -255,18 +256,13 @@ def repeated(data, times: int, path: Path, size: int | None = None) -> None:
     """The data set with every episode several times over, or with pictures of another size."""
     from PIL import Image
     episodes = []
-    for k in range(times):
+    for _ in range(times):
         for e in range(data.E):
-            strip = None
+            strip = data.packed(e)
             if size:
                 frames = [np.asarray(Image.fromarray(frame).resize((size, size)))
                           for frame in data.frames(e)]
                 strip = vlmrm.encode_frames(np.stack(frames))
-            else:
-                first, last = data.offsets[e:e + 2]
-                with open(data.path, "rb") as file:
-                    file.seek(data.start + int(first))
-                    strip = file.read(int(last - first))
             episodes.append({name: getattr(data, name)[e] for name in (
                 "task", "split", "source", "seed", "rewards", "success", "steps")} | {
                 "strip": strip})

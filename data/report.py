@@ -605,12 +605,10 @@ def soak_table(found: dict) -> str:
 def draw_growth(found: dict, path: Path) -> None:
     """Memory and time of a short run, with more data and with larger pictures."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes = figure.subplots(1, 4)
-    for axis, key, label in ((axes[0], "episodes", "episodes"), (axes[1], "episodes", "episodes"),
-                             (axes[2], "size", "pixels, width and height"),
-                             (axes[3], "size", "pixels, width and height")):
-        field, title = (("peak_gigabytes", "memory, GB") if axis in (axes[0], axes[2])
-                        else ("seconds", "time, s"))
+    panels = [(key, label, field, title)
+              for key, label in (("episodes", "episodes"), ("size", "pixels, width and height"))
+              for field, title in (("peak_gigabytes", "memory, GB"), ("seconds", "time, s"))]
+    for axis, (key, label, field, title) in zip(figure.subplots(1, len(panels)), panels):
         points = found["growth"][key]
         axis.plot([point["x"] for point in points], [point[field] for point in points], "o-",
                   color=SEEN)

@@ -52,7 +52,7 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
         raise vlmrm.InputError(f"no video at {path}") from None
     except Exception as problem:  # every format has errors of its own
         raise vlmrm.InputError(f"cannot read {path} as a video: "
-                               f"{(str(problem) or repr(problem)).splitlines()[0][:120]}") from None
+                               f"{vlmrm.first_line(problem, 120)}") from None
     if shape is None:
         raise vlmrm.InputError(f"{path} has no pictures in it")
 

@@ -55,13 +55,18 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def outcome(folder: Path) -> tuple:
-    """Weights as bytes, metrics without times, and the names of the files."""
+def without_times(folder: Path) -> dict:
+    """The metrics of a run, but for what the clock says."""
     metrics = json.loads((folder / "metrics.json").read_text())
     for entry in [metrics, *metrics["log"]]:
         for key in ("seconds", "wall_seconds", "frames_per_second"):
             entry.pop(key, None)
-    return ((folder / "model.safetensors").read_bytes(), json.dumps(metrics),
+    return metrics
+
+
+def outcome(folder: Path) -> tuple:
+    """Weights as bytes, metrics without times, and the names of the files."""
+    return ((folder / "model.safetensors").read_bytes(), json.dumps(without_times(folder)),
             sorted(path.name for path in folder.iterdir()))
 
 
