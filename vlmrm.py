@@ -48,12 +48,20 @@ import math
 import multiprocessing
 import os
 import platform
+import shutil
+import signal
 import sys
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+# OpenMP's threads wait for each other by spinning, which beside any other busy process doubles the
+# time of a run. Give up after a moment instead: read once, when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(), Ctrl-C ends without a traceback
 
 import numpy as np
 
@@ -1894,4 +1902,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
