@@ -75,6 +75,12 @@ class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
 
 
+def progress_bar(*items, **options):
+    """tqdm; without a terminal, in a log file, a line every 20 s instead of ten in one."""
+    terminal = sys.stderr.isatty()
+    return tqdm(*items, dynamic_ncols=terminal, mininterval=0.1 if terminal else 20, **options)
+
+
 def unknown(kind: str, name: str, known: list[str]) -> InputError:
     """The error for a name that does not exist: the nearest ones that do."""
     near = difflib.get_close_matches(name, known, 5, cutoff=0)
@@ -403,11 +409,13 @@ def collect(args: argparse.Namespace) -> None:
              "size": args.size, "seed": args.seed} for task in args.tasks or known]
     episodes = []
     context = multiprocessing.get_context("spawn")  # a forked process inherits a broken GL state
+    heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for us, not for the workers
     with context.Pool(min(args.workers, len(jobs))) as pool, \
-            tqdm(total=len(jobs), desc="collecting", unit="task") as bar:
+            progress_bar(total=len(jobs), desc="collecting", unit="task") as bar:
+        signal.signal(signal.SIGINT, heed)
         for found in pool.imap(collect_task, jobs):
             episodes += found
-            bar.set_postfix(episodes=len(episodes),
+            bar.set_postfix(episodes=len(episodes), refresh=False,
                             end_in_success=sum(episode["success"][-1] for episode in episodes))
             bar.update()
     write_dataset(args.output, episodes)
@@ -1278,8 +1286,8 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
         for _ in log:  # draw again what was drawn: the generator then stands where it stood
             sample_batch(episodes, data.T, rng, batch)
     model.train()
-    with tqdm(range(len(log) + 1, steps + 1), initial=len(log), total=steps, desc="training",
-              unit="step", dynamic_ncols=True) as bar:
+    with progress_bar(range(len(log) + 1, steps + 1), initial=len(log), total=steps,
+                      desc="training", unit="step") as bar:
         for step in bar:
             began = time.perf_counter()
             chosen, numbers = sample_batch(episodes, data.T, rng, batch)  # (B,), (B, 5)
@@ -1306,7 +1314,8 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
                 model.train()
             if checkpoint and (step % max(1, steps // 10) == 0 or step == steps):
                 save_checkpoint(checkpoint, model, optimizer, log)
-            bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", validation_voc=latest)
+            # The VOC is the latest there is, as of a fifth of the steps ago at most.
+            bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", validation_voc=latest, refresh=False)
     return log
 
 
@@ -1558,8 +1567,8 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, own_reward=None
     names, test = list(sentences), data.select(split="test")
     texts = model.embed_texts([sentences[name]["instruction"] for name in names]).cpu()  # (S, D)
     rng, rows, preferred, values = np.random.default_rng(0), {}, np.zeros(len(test), int), {}
-    for task in tqdm(np.unique(data.task[test]), desc="evaluating", unit="task", leave=False,
-                     disable=None, dynamic_ncols=True):  # None: not where there is no terminal
+    for task in progress_bar(np.unique(data.task[test]), desc="evaluating", unit="task",
+                             leave=False, disable=None):  # None: not where there is no terminal
         where = np.flatnonzero(data.task[test] == task)
         mine, own = test[where], names.index(task)
         frames = torch.cat([model.embed_frames(data.load(some)).cpu()
@@ -1896,7 +1905,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"vlmrm: {one_line(problem)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\nvlmrm: stopped; {interrupt}", file=sys.stderr)
+        print(f"\nvlmrm: stopped{interrupt}", file=sys.stderr)
         return 130
     return 0
 

@@ -250,4 +250,4 @@ def main(args: argparse.Namespace) -> None:
     try:
         work(args, *vlmrm.load_data(args))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("what is finished is kept; the same command goes on") from None
+        raise KeyboardInterrupt("; what is finished is kept; the same command goes on") from None
