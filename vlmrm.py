@@ -103,6 +103,7 @@ def whole(minimum: int, maximum: int = 10**6):
         if not minimum <= (number := int(text)) <= maximum:
             raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
         return number
+    whole_number.__name__ = "whole number"  # as argparse will call it
     return whole_number
 
 
@@ -120,6 +121,13 @@ def share(text: str) -> float:
     return number
 
 
+def plain_name(text: str) -> str:
+    """A type for argparse: the name of a folder, not a path."""
+    if text in ("", "..") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; --runs chooses the folder")
+    return text
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, from argv or the command line. Bad ones end in one line and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -132,15 +140,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                            "progress, clip, decisionnce-p, decisionnce-t, vlc, tcn, r3m, vip, liv, "
                            "hilp, tcn-text, vip-text, hilp-text, preference-oracle; without "
                            "training zeroshot, goal-baseline, clock, moved; all compares them")
-    what.add_argument("--resume", type=Path, metavar="FOLDER",
-                      help="go on with a run that was stopped; all settings come from its folder")
-    what.add_argument("--score", type=Path, metavar="VIDEO", help="reward every frame of a video, "
-                      "GIF, image or folder of images, with a trained --model")
-    what.add_argument("--tune", action="store_true",
-                      help="try the grid of the objective on validation episodes instead")
-    what.add_argument("--ensemble", type=whole(2), metavar="N",
-                      help="combine N models of the objective, and pick the best of many frames")
-    what.add_argument("--collect", action="store_true", help="make a data set instead")
+    modes = what.add_mutually_exclusive_group()
+    modes.add_argument("--resume", type=Path, metavar="FOLDER",
+                       help="go on with a run that was stopped; all settings come from its folder")
+    modes.add_argument("--score", type=Path, metavar="VIDEO", help="reward every frame of a video, "
+                       "GIF, image or folder of images, with a trained --model")
+    modes.add_argument("--tune", action="store_true",
+                       help="try the grid of the objective on validation episodes instead")
+    modes.add_argument("--ensemble", type=whole(2), metavar="N",
+                       help="combine N models of the objective, and pick the best of many frames")
+    modes.add_argument("--collect", action="store_true", help="make a data set instead")
     what.add_argument("--seed", type=whole(0, 10**5), default=0, help="of training or collection")
     what.add_argument("--seeds", type=whole(1), default=3,
                       help="how many, from --seed on, with --objective all")
@@ -163,8 +172,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
                           help="auto takes the first there is")
     training.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    training.add_argument("--name", help="of the run's own folder; not given, objective and seed, "
-                          "or study")
+    training.add_argument("--name", type=plain_name, help="of the run's own folder; not given, "
+                          "objective and seed, or study")
     reward = parser.add_argument_group("reward of goal-baseline")
     reward.add_argument("--alpha", type=share, default=0.5, help="0 is the cosine, 1 the direction "
                         "from baseline to goal alone")
@@ -183,7 +192,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     collection.add_argument("--size", type=whole(8), default=96, help="pixels, width and height")
     collection.add_argument("--output", type=Path, default=Path("collected.npz"), help="data set")
     collection.add_argument("--workers", type=whole(1), default=os.cpu_count(), help="processes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_idle_options(parser, args)
+    return args
+
+
+def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End in one line if an option was given that would not be obeyed."""
+    use = {"instruction", "model"}
+    collection = {"tasks", "expert", "mixed", "frames", "size", "output", "workers"}
+    obeyed = {"score": use | {"device"}, "collect": collection | {"seed", "instructions"},
+              "resume": {"device"}}
+    mode = next((mode for mode in obeyed if getattr(args, mode)), "training")
+    idle = set(vars(args)) - obeyed.get(mode, set(vars(args)) - use - collection) - {mode}
+    for option in sorted(idle):
+        if getattr(args, option) != parser.get_default(option):
+            parser.error(f"--{option.replace('_', '-')} has no effect on {mode}")
 
 
 if __name__ == "__main__":
@@ -403,8 +427,8 @@ def collect(args: argparse.Namespace) -> None:
     if args.frames * args.size > 16383:
         raise InputError(f"--frames {args.frames} of --size {args.size} do not fit into one WebP "
                          "strip: their product may be 16383 at most")
-    if args.output.is_dir():
-        raise InputError(f"--output {args.output} is a folder; name the file to write")
+    if args.output.exists():
+        raise InputError(f"{args.output} exists: choose another --output, or remove it")
     jobs = [{"task": task, "expert": args.expert, "mixed": args.mixed, "frames": args.frames,
              "size": args.size, "seed": args.seed} for task in args.tasks or known]
     episodes = []
@@ -1799,8 +1823,8 @@ def settings_in(folder: Path, args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"the run in {folder} is finished: there is nothing to go on with")
     check_objective(made["objective"])
     try:
-        return argparse.Namespace(**vars(args) | {
-            key: made[key] for key in (*SETTINGS, "device")} | {
+        return argparse.Namespace(**vars(args) | {key: made[key] for key in SETTINGS} | {
+            "device": made["device"] if args.device == "auto" else args.device} | {
             key: Path(made[key]) for key in ("data", "instructions")})
     except (KeyError, TypeError) as problem:
         raise InputError(f"{folder}/config.json is damaged: {problem!r}") from None
@@ -1812,8 +1836,6 @@ def run_once(args: argparse.Namespace) -> None:
     if args.resume:
         folder, args = args.resume, settings_in(args.resume, args)
     elif args.name:
-        if Path(args.name).name != args.name:
-            raise InputError(f"--name {args.name} is no plain name; --runs chooses the folder")
         if (folder := args.runs / args.name).exists():
             raise InputError(f"{folder} exists: choose another --name, remove it, or go on with "
                              f"it: --resume {folder}")
