@@ -1367,14 +1367,18 @@ def test_score_a_video(finished, toy, tmp_path, capsys, suffix):
     assert vlmrm.main(["--score", str(path), "--instruction", "open the drawer", "--model",
                        str(finished[0]), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    rewards = [float(line.split()[1]) for line in printed[1:-1]]
-    assert len(rewards) == (1 if suffix == ".png" else 10) and "best frame" in printed[-1]
+    single = suffix == ".png"  # nothing to compare it with
+    rewards = [float(line.split()[1]) for line in (printed[1:] if single else printed[1:-1])]
+    assert len(rewards) == (1 if single else 10) and ("best frame" in printed[-1]) != single
     model = vlmrm.load_reward_model(finished[0], device="cpu")
-    frames = np.stack(list(vlmrm.companion("score").read_frames(path)))
+    files, frames = zip(*vlmrm.companion("score").read_frames(path))
+    frames = np.stack(frames)
     assert model.score(frames, "open the drawer") == pytest.approx(rewards, abs=1e-4)
     if suffix == "":
         assert (frames[1:] == np.stack([np.asarray(p) for p in pictures])[1:]).all()
-    assert (tmp_path / "clip-rewards.png").read_bytes().startswith(b"\x89PNG")
+        assert files[8] == "10.png" and printed[9].endswith("  10.png")
+    drawing = tmp_path / f"clip{suffix}-rewards.png"  # clip.gif and clip.mp4 have each their own
+    assert drawing.exists() != single and (single or drawing.read_bytes()[:4] == b"\x89PNG")
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -1761,8 +1765,12 @@ def test_readme_snippets_run(toy, finished, tmp_path, monkeypatch):
     main, statuses = vlmrm.main, []
     monkeypatch.setattr(vlmrm, "main", lambda arguments: statuses.append(main([
         *arguments, "--data", str(toy.path), "--steps", "1", "--batch", "3"])))
+    (tmp_path / "films").mkdir()
+    for k in range(5):
+        imageio.imwrite(tmp_path / "films" / f"{k}.mp4", np.stack(
+            [np.full((32, 48, 3), 8 * step, np.uint8) for step in range(30)]))
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for snippet in snippets:
         names = {}
         try:
@@ -1777,6 +1785,9 @@ def test_readme_snippets_run(toy, finished, tmp_path, monkeypatch):
             assert -1 <= names["reward"] <= 1 and names["info"]["environment_reward"] >= 0
             names["renderer"].close()
     assert statuses == [0]
+    command = re.search(r"python vlmrm.py (--data towel.npz .*)", README)[1]
+    assert main([*command.split(), "--steps", "1", "--name", "towel"]) == 0
+    assert set(json.loads(Path("runs/towel/metrics.json").read_text())["tasks"]) == {"fold-towel"}
 
 
 def test_the_code_keeps_to_its_own_rules():

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +115,10 @@ def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, 
             axis.plot(steps, y, color=color, lw=2, marker="o", ms=3)
             axis.text(0.01, 0.97, label, va="top", transform=axis.transAxes, color=color)
             axis.set_xlim(steps[0], steps[-1])
-            axis.set_ylim(min(y.min(), 0), y.max() + 0.35 * (y.max() - min(y.min(), 0)))
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8, colors="0.35")
+        low, high = min(values.min(), 0), values.max()
+        curve.set_ylim(low, high + 0.35 * (high - low) + 1e-6)
         curve.set_xticklabels([])
         truth.set_xlabel("simulator step", fontsize=8.5, color="0.35", labelpad=1)
         truth.set_ylim(0, 14)
@@ -126,6 +128,7 @@ def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, 
 
 def draw_video(frames: np.ndarray, rewards: np.ndarray, instruction: str, path: Path) -> None:
     """A film strip of frames (N, H, W, 3) and, beneath it, the reward of each."""
+    warnings.filterwarnings("ignore", message="Glyph")  # of sentences in scripts the font lacks
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     strip, curve = figure.subplots(2, 1, height_ratios=[1, 2])
     strip.imshow(film_strip(frames, min(8, len(frames))))

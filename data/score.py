@@ -17,9 +17,9 @@ import vlmrm
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def pictures_in(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a film, GIF or image, or of a folder of images in the order of their names, in
-    which numbers count as numbers: 2.png comes before 10.png."""
+def pictures_in(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """File and frame, for the frames of a film, GIF or image, or of a folder of images in the order
+    of their names, in which numbers count as numbers: 2.png comes before 10.png."""
     if path.is_dir():
         for file in sorted(path.iterdir(), key=lambda file: [
                 int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]):
@@ -29,23 +29,25 @@ def pictures_in(path: Path) -> Iterator[np.ndarray]:
         with Image.open(path) as picture:
             for k in range(getattr(picture, "n_frames", 1)):
                 picture.seek(k)
-                yield np.asarray(picture.convert("RGB"))  # from grey and transparent ones too
+                yield path.name, np.asarray(picture.convert("RGB"))  # grey, transparent ones too
     else:
-        yield from imageio.imiter(path, plugin="FFMPEG")
+        for frame in imageio.imiter(path, plugin="FFMPEG"):
+            yield path.name, frame
 
 
-def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """Frames uint8 (H, W, 3) of whatever lies there, one by one: a film may be larger than memory.
+def read_frames(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """File and frame, uint8 (H, W, 3), of whatever lies there, one by one: a film may be larger
+    than memory.
 
     Raises InputError when there are none, when they cannot be read or differ in size.
     """
     shape = None
     try:
-        for frame in pictures_in(path):
+        for file, frame in pictures_in(path):
             shape = shape or frame.shape
             if frame.shape != shape:
                 raise vlmrm.InputError(f"the pictures in {path} differ in size")
-            yield frame
+            yield file, frame
     except vlmrm.InputError:
         raise
     except FileNotFoundError:
@@ -71,19 +73,23 @@ def main(args: argparse.Namespace) -> None:
     if objective != "zeroshot" and vlmrm.OBJECTIVES.get(objective, True) is None:
         raise vlmrm.InputError(f"{objective} is a control with a reward of its own, no model")
     model = vlmrm.load_reward_model(args.model, args.device)
-    rewards, thumbnails, frames = [], [], read_frames(args.score)
+    rewards, thumbnails, files, frames = [], [], [], read_frames(args.score)
     for some in iter(lambda: list(itertools.islice(frames, 32)), []):
-        rewards += model.score(np.stack(some), args.instruction).tolist()
-        for frame in some:
+        rewards += model.score(np.stack([frame for _, frame in some]), args.instruction).tolist()
+        for file, frame in some:
             small = Image.fromarray(frame)
             small.thumbnail((160, 160))
             thumbnails.append(np.asarray(small))
-    picture = args.score.with_name(args.score.stem + "-rewards.png")
+            files.append(file)
+    print("frame  reward")
+    for number, (reward, file) in enumerate(zip(rewards, files)):
+        print(f"{number:5}  {reward:.4f}  {file if args.score.is_dir() else ''}".rstrip())
+    if len(rewards) == 1:
+        return  # nothing to compare it with
+    video = args.score if args.score.name else args.score.resolve()  # "." has no name
+    picture = video.with_name(video.name + "-rewards.png")
     with vlmrm.whole_file(picture) as unfinished:
         vlmrm.companion("report").draw_video(np.stack(thumbnails), np.array(rewards),
                                              args.instruction, unfinished)
-    print("frame  reward")
-    for number, reward in enumerate(rewards):
-        print(f"{number:5}  {reward:.4f}")
     voc = vlmrm.value_order_correlation(np.array([rewards]))[0]
     print(f"VOC {voc:.2f} (1: rises all along), best frame {np.argmax(rewards)}; see {picture}")
