@@ -1160,6 +1160,12 @@ def test_an_objective_that_returns_no_loss_is_refused(toy, sentences, loss):
         train_toy(toy, sentences, loss=loss)
 
 
+def test_an_objective_without_a_gradient_is_refused(program, tmp_path, capsys):
+    """A batch of one has nothing to contrast with. No folder is left of a run that cannot be."""
+    assert program("--objective", "clip", "--batch", "1") == 2
+    assert "larger --batch" in capsys.readouterr().err and not list(tmp_path.glob("clip*"))
+
+
 def test_batch_larger_than_the_number_of_tasks(toy, sentences):
     with pytest.raises(vlmrm.InputError, match="--batch 4"):
         train_toy(toy, sentences, batch=4)
@@ -1256,7 +1262,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, monkeypatch, c
     assert program("--name", "stopped", *options) == 130
     monkeypatch.setattr(vlmrm, "save_checkpoint", save)
     folder = tmp_path / "stopped"
-    assert f"go on with: python vlmrm.py --resume {folder}" in capsys.readouterr().err
+    assert f'go on with: vlmrm.main(["--resume", "{folder}"])' in capsys.readouterr().err
     assert not (folder / "metrics.json").exists()
     assert vlmrm.main(["--resume", str(folder)]) == 0
     bar = capsys.readouterr().err
@@ -1436,6 +1442,13 @@ def test_wrapped_environment_gives_the_models_reward():
     assert episode_rewards(env) == pytest.approx([50 * k / 255 for k in range(1, 6)])
 
 
+def test_an_environment_that_renders_nothing():
+    env = vlmrm.wrap_environment(Corridor(), Brightness(), "go right", render=lambda: None)
+    env.reset(seed=0)
+    with pytest.raises(vlmrm.InputError, match="render_mode='rgb_array'"):
+        env.step(0)
+
+
 def test_shaping_leaves_the_discounted_return_alone():
     """Shaping telescopes: the discounted sum differs by -r(first frame) only, here 0, whatever the
     frames in between. That is why the best policy stays the best one."""
@@ -1489,6 +1502,10 @@ def test_goal_image_rewards_by_hand():
         [0, away],                            # goal e0
         [away / 2, (away - 2) / 2]], atol=1e-6)  # goals e0 and e1
     assert (vlmrm.goal_image_rewards(frames[:1], np.array([True])) == 0).all()
+    # A single expert has no other's goal images: then there are no such metrics.
+    for expert in ([True, True, False], [True, False, False]):
+        values, scores, _ = vlmrm.score_task(frames, np.array(expert), 0, 0, frames[0], frames[0])
+        assert ("goal_" in values) == ("goal_voc" in scores) == (sum(expert) == 2)
 
 
 def test_own_rewards(toy, sentences):

@@ -266,6 +266,8 @@ def load_instructions(path: Path) -> dict[str, dict]:
                 raise ValueError(f"{task} needs one instruction and three paraphrases")
             if entry.get("opposite", task) not in sentences:
                 raise ValueError(f"the opposite of {task} is no task")
+    except FileNotFoundError:
+        raise InputError(f"no instructions at {path}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise InputError(f"cannot use the instructions in {path}: {problem!r}") from None
     return sentences
@@ -484,11 +486,11 @@ class Dataset:
     def __init__(self, path: Path):
         self.path = path
         try:
+            self.start = self.start_of_strips()
             with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
                 for name in ("task", "split", "source", "seed", "rewards", "success", "steps",
                              "offsets"):
                     setattr(self, name, file[name])
-            self.start = self.start_of_strips()
             self.E, self.T = self.rewards.shape
             self.check()
             height, self.S = self.strip(0).shape[:2]
@@ -520,6 +522,8 @@ class Dataset:
 
     def unpack(self, episode: int) -> np.ndarray:
         """The frames of one episode, uint8 (T, S, S, 3). Raises InputError if it is damaged."""
+        if not 0 <= episode < self.E:
+            raise InputError(f"{self.path} has the episodes 0 to {self.E - 1}, not {episode}")
         try:
             return self.strip(episode).reshape(self.T, self.S, self.S, 3)
         except (OSError, ValueError) as problem:
@@ -659,7 +663,7 @@ class RewardModel(nn.Module):
             raise InputError("frames must be uint8 (N, H, W, 3), red green blue, 0 to 255; these "
                              f"are {frames.dtype} {frames.shape}")
         if not isinstance(instruction, str) or not instruction.strip():
-            raise InputError("the instruction is empty")
+            raise InputError("the instruction must be one sentence, and not empty")
         limit = self.clip.context_length
         if hasattr(self.tokenizer, "encode"):  # CLIP's; it cuts what is too long without a word
             if (n := len(self.tokenizer.encode(instruction))) > limit - 2:
@@ -1170,8 +1174,8 @@ def goal_baseline_reward(frames, goal, baseline, alpha: float = 0.5) -> torch.Te
     arm over a table"), o is the frame, of unit norm; all (..., D), they broadcast. alpha = 0 gives
     the cosine, alpha = 1 counts movement along d alone; beyond the goal r falls again.
     Assumes that the two sentences differ by what the task changes: on a backbone that knows no
-    order it finds none. Source: Rocamonde et al., 2310.12921, src/vlmrm/reward_model.py. No
-    difference, but that equal sentences give numbers.
+    order it finds none. Source: Rocamonde et al., 2310.12921, src/vlmrm/reward_model.py. The only
+    difference: if the two sentences are equal, this is a number and not NaN.
     """
     direction, offset = goal - baseline, F.normalize(frames, dim=-1) - goal
     along = (offset * direction).sum(-1) ** 2 / direction.square().sum(-1).clamp(min=1e-12)
@@ -1179,7 +1183,7 @@ def goal_baseline_reward(frames, goal, baseline, alpha: float = 0.5) -> torch.Te
     return 1 - (along + (1 - alpha) ** 2 * across) / 2
 
 
-# To add an objective, write its function and give it a name here.
+# To add an objective, write its function and give it a name here (and in the help of --objective).
 OBJECTIVES = {
     "zeroshot": None,  # the backbone before fine-tuning; tiny has been warmed up with clip
     "goal-baseline": None,  # the same, with goal_baseline_reward()
@@ -1247,7 +1251,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
-        raise InputError(f"no {name} device here; use --device auto")
+        raise InputError(f"no {name} device here; --device cpu is everywhere")
     return torch.device(name)
 
 
@@ -1325,9 +1329,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(weights, 1.0)
-            if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise InputError(f"step {step}: the loss is {loss.item()}, the gradient's norm "
-                                 f"{norm.item()}; lower --learning-rate ({learning_rate})")
+            check_gradient(step, loss.item(), norm.item())
             optimizer.param_groups[0]["lr"] = learning_rate * min(  # up in a line, down in a cosine
                 step / warmup, 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
             optimizer.step()
@@ -1348,6 +1350,16 @@ def check_loss(loss) -> None:
     if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
         raise InputError("the objective must return a tensor with one number, which depends on the "
                          "embeddings")
+
+
+def check_gradient(step: int, loss: float, norm: float) -> None:
+    """Raise InputError if a loss or its gradient's norm is not finite, or the first norm is 0."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise InputError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower "
+                         "--learning-rate, or look for a root or a division by 0 in the objective")
+    if step == 1 and norm == 0:
+        raise InputError("the objective gives no gradient; if it compares videos, it needs a "
+                         "larger --batch")
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer, log: list[dict]) -> None:
@@ -1389,8 +1401,18 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer) -> list[dict]:
 #
 # Two questions. Does the reward rise while an expert works (VOC)? Does it put frames in the order
 # in which the simulator's reward puts them (ranking accuracy)? And some more, to see what a model
-# that does well on these has in truth learnt: does it read the instruction? VOC, retrieval and
-# antonym look at experts, ranking accuracy within at mixed episodes, across, EPIC and AUROC at all.
+# that does well on these has in truth learnt: does it read the instruction? By name, and on what:
+#
+#     voc                        experts: Spearman correlation of the reward with time
+#     voc_paraphrase             the same under three sentences that training never saw
+#     antonym                    the same, minus its value under the sentence that undoes the task
+#     retrieval_top1, _top5      experts' last frames: is the own sentence the most similar of all?
+#     ranking_accuracy_within    mixed: pairs of frames of one episode, in the simulator's order?
+#     ranking_accuracy_across    all: pairs of frames of two episodes of the same task
+#     epic                       all: how far model's and simulator's reward are from proportional
+#     success_auroc              all, last frames: do successes get more than failures?
+#     goal_...                   the same with -distance to other experts' last frames as reward
+#
 # Mind that a clock gets .8 within: even a failing arm mostly gets closer with time.
 #
 # Values are (E, T): the model's reward of T frames of each of E episodes. Every metric comes from
@@ -1545,7 +1567,9 @@ def score_task(frames: torch.Tensor, expert: np.ndarray, own: int, opposite: int
     def rewards_under(text):
         return torch.einsum("etd,ed->et", frames, text.expand(len(frames), -1)).numpy()
 
-    values = {"": rewards_under(texts[own]), "goal_": goal_image_rewards(frames, expert)}
+    values = {"": rewards_under(texts[own])}
+    if expert.sum() > 1:  # an expert's goal images are the others'
+        values["goal_"] = goal_image_rewards(frames, expert)
     if own_reward:
         values["own_"] = own_reward(frames, texts[own]).numpy()
     voc = {prefix + "voc": value_order_correlation(v) for prefix, v in values.items()}
@@ -1645,8 +1669,8 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, dict]:
     if strangers := set(data.task) - set(sentences):
         raise InputError(f"{args.data} has tasks without a sentence in {args.instructions}: "
                          + ", ".join(sorted(strangers)))
-    if not len(data.select(split="test")):
-        raise InputError(f"{args.data} has no test episodes: collect 4 experts per task or more")
+    if not len(data.select(split="test", source="expert")):
+        raise InputError(f"{args.data} has no experts to test on: collect 4 per task or more")
     return data, sentences
 
 
@@ -1727,12 +1751,14 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_config(folder: Path) -> dict:
     """The settings of a run. Raises InputError when the folder is no run."""
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} is not the folder of a run: it has no config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if lacking := {"objective", "backbone", "pretrained", "lora"} - set(config):
             raise ValueError(f"config.json lacks {sorted(lacking)[0]}")
     except (OSError, ValueError, TypeError) as problem:
-        raise InputError(f"{folder} is not the folder of a run: {problem!r}") from None
+        raise InputError(f"{folder}/config.json is damaged: {problem!r}") from None
     return config
 
 
@@ -1748,12 +1774,19 @@ def refuse_other_settings(folder: Path, config: dict) -> None:
 def locked(folder: Path):
     """Keep other processes out of a run's folder. Raises InputError when one is in there.
 
-    The system lets go of the lock when its owner dies, however it dies.
+    The system lets go of the lock when its owner dies, however it dies. A folder that was made for
+    what then turns out to be impossible is removed again.
     """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", blocking=False):
-            yield
+            try:
+                yield
+            except InputError:
+                if new:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
             with contextlib.suppress(OSError):  # Windows does not remove what is open
                 (folder / "lock").unlink()
     except Timeout:
@@ -1848,10 +1881,12 @@ def run_once(args: argparse.Namespace) -> None:
     try:
         report = run(args, data, sentences, started, folder)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: python vlmrm.py --resume {folder}" * folder.exists()
-                                ) from None
+        again = (f"python vlmrm.py --resume {folder}" if __name__ == "__main__"
+                 else f'vlmrm.main(["--resume", "{folder}"])')
+        raise KeyboardInterrupt(f"; go on with: {again}" if folder.exists() else "") from None
     print(companion("report").format_report(report))
-    print(f"{report['wall_seconds']:.0f} s in all. Weights, metrics and pictures are in {folder}")
+    print(f"{report['wall_seconds']:.0f} s in all. Weights, metrics and pictures are in {folder}; "
+          f'use it with --score VIDEO --instruction "..." --model {folder}')
 
 
 # -----------------------------------------------------------------------------
@@ -1892,7 +1927,10 @@ def wrap_environment(env, model: RewardModel, instruction: str, render=None, sha
 
     class ModelReward(gymnasium.Wrapper):
         def look(self) -> float:
-            return float(model.score((render or self.env.render)()[None], instruction)[0])
+            if (picture := (render or self.env.render)()) is None:
+                raise InputError("the environment renders nothing: make it with "
+                                 "render_mode='rgb_array'")
+            return float(model.score(picture[None], instruction)[0])
 
         def reset(self, **options):
             observation, info = self.env.reset(**options)
