@@ -1553,7 +1553,7 @@ def test_study_and_ensemble(small_study, tmp_path, capsys):
         "comparison.png", "episode.png", "heatmap.png", "confusion.png", "looks.png"}
     printed = capsys.readouterr().out
     assert (root / "tables.md").read_text().strip() in printed
-    assert printed.count("| `triplet` |") == 2 and "`tcn` (no language)" in printed
+    assert printed.count("| `triplet` |") == 3 and "`tcn` (no language)" in printed
     tuned = json.loads((root / "triplet-tuned-seed0" / "config.json").read_text())
     assert tuned["learning_rate"] == 5e-4 and tuned["constants"] == {"margin": 0.2}
 

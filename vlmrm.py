@@ -24,7 +24,9 @@ Many runs at once (study, tuning, ensembles) are data/study.py, tables and pictu
 
 Notation: cos(a, b) is the cosine and |a - b| the Euclidean distance of two embeddings, o a frame,
 l an instruction, l' that of another video, t the share of the episode that has passed, V or r a
-reward. Shapes: B videos in a batch, K frames of each, D dimensions, E episodes, T frames of each.
+reward, L a loss, eps = 1e-8, i and j rows and columns of a matrix. Other letters are explained
+where they are used. Shapes: B videos in a batch, K frames of each, D dimensions, E episodes, T
+frames of each, S x S pixels, M sentences.
 
 Left out on purpose: a configuration system (argparse is one), a trainer class (it is one loop),
 experiment trackers (a run is a folder of five files), data loaders (a batch is drawn in a few ms),
@@ -400,7 +402,7 @@ def collect_task(job: dict) -> list[dict]:
 
 
 def assign_splits(episodes: list[dict]) -> list[dict]:
-    """Give each episode of one task its split, by the order of its seed (ours, not the paper's).
+    """Give each episode of one task its split, in order of collection (ours, not the paper's).
 
     Experts: 60 % train, 15 % validation, 25 % test. Mixed: a third validation, the rest test.
     Everything of an unseen task is test.
@@ -585,12 +587,13 @@ class Dataset:
 # CLIP is two towers: one maps a picture to a vector, the other a sentence, and both land in the
 # same space. The reward of a frame is the cosine between its vector and the instruction's. That
 # is the whole reward model; an objective only decides where the vectors go. All vectors have unit
-# length: then cosine, dot product and distance say the same, and no objective can win by scale.
+# length: then cosine, dot product and distance say the same (|a - b|^2 = 2 - 2 cos(a, b)), and no
+# objective can win by scale.
 
 # Ours, not the paper's (which fine-tunes SigLIP2): small enough to train while you watch. On
 # validation, towers three times as costly were no better, and three text layers no better than
-# one, which is little more than a bag of words. The weights in data/ come from `--objective clip`
-# on the seen tasks, from random ones.
+# one layer, with which a sentence is little more than a bag of words. The weights in data/ come
+# from `--objective clip` on the seen tasks, from random ones.
 TINY = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 96, "patch_size": 16, "width": 128, "layers": 4,
@@ -623,7 +626,7 @@ class RewardModel(nn.Module):
         self.size = size[0] if isinstance(size, (tuple, list)) else size
         mean = getattr(clip.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
         std = getattr(clip.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-        # Times 255: of bytes, as the frames are.
+        # Published for pixels from 0 to 1; ours are bytes, 0 to 255.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         self.low_precision = False  # set by to_device() where the hardware gains from it
@@ -788,26 +791,32 @@ def load_weights(model: nn.Module, path: Path) -> None:
 # An objective says which of these vectors should be closer than they are, and which farther apart.
 # There are four ideas, and mixtures of them:
 #
-#     order in a video        a later frame beats an earlier one       triplet, preference, vlc, r3m
-#     progress as a number    the reward is the time that has passed   progress
-#     videos and sentences    the right pair beats wrong ones          clip, decisionnce, vlc, liv
-#     distance to a goal      it shrinks, or counts the steps          tcn, vip, liv, hilp
+#     order in a video        a later frame beats an earlier      triplet, preference, vlc, r3m
+#     progress as a number    reward is the time that has passed  progress
+#     videos and sentences    the right pair beats wrong ones     clip, decisionnce, vlc, liv, r3m
+#     distance in time        near is near, or steps to a goal    tcn, r3m, vip, liv, hilp
 #
-# All but clip assume that an expert's later frame is the better one. Every objective sees the same
-# batch: B videos of B different tasks, so that no sentence fits two of them, and of each K = 5
-# frames,
+# All but clip and tcn assume that an expert's later frame is the better one. Every objective sees
+# the same batch: B videos of B different tasks, so that no sentence fits two of them, and of each
+# K = 5 frames,
 #
 #     frames  (B, K, D)   unit vectors of start < now < next = now + 1 < later < end
 #     texts   (B, D)      unit vector of the instruction of each video
 #     times   (B, K)      share of the episode that has passed at each frame, 0 to 1
 #
-# and returns one number. It is free to ignore what it has no use for. The frames start, now, next,
-# end are o0, o, o', og in equations; TCN and R3M call now, later, end s0, s1, s2. e = 1e-8 keeps
-# logarithms finite. CE(M) is the mean over rows i of -log softmax(M_i)_i. Means are over the batch
-# unless the equation says otherwise. "Here" are the figures of data/results (mean of three seeds,
-# tuned constants): VOC, how well the reward orders an expert's frames (section 5), on seen and on
-# unseen tasks, and how often the end of a video of a seen task prefers its own instruction among
-# all 50 (before fine-tuning .80).
+# and returns one number. It is free to ignore what it has no use for. (Our batches have unit
+# vectors; where a loss normalises them again, it is for official test values on others.) In
+# equations the frames have these names, og being the goal:
+#
+#     start   now   next   later   end
+#     o0      o     o'             og      VIP, LIV, HILP
+#             s0           s1      s2      TCN, R3M
+#
+# eps = 1e-8 keeps logarithms finite. CE(M) is the mean over rows i of -log softmax(M_i)_i. Means
+# are over the batch unless the equation says otherwise. "Here" are the figures of data/results
+# (mean of three seeds, tuned constants): VOC, how well the reward orders an expert's frames
+# (section 5), on seen and on unseen tasks, and how often the end of a video of a seen task prefers
+# its own instruction among all 50 (before fine-tuning .80).
 #
 # The constants in the signatures are the official ones. With them TCN, R3M, VIP, LIV, DecisionNCE
 # and VLC return, value and gradient, what the authors' code returns, HILP's core and the goal
@@ -817,7 +826,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 # with itself. Our batches come in random order, so we shift them by 1, 2, 3 places: as random,
 # never itself, and the loss stays a pure function.
 
-LOG_EPS = math.log(1e-8)
+LOG_EPS = math.log(1e-8)  # -18.4
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -863,7 +872,7 @@ def preference_loss(frames, texts, times, scale: float = 1.0) -> torch.Tensor:
     dropped: privileged labels, on the same expert frames, so not a peer of the others. Forgets the
     tasks as triplet does. Here: VOC 0.93 seen, 0.53 unseen; retrieval 0.08.
     Source: RL-VLM-F, Wang et al., 2402.03681, reward_model.py. Differs: there a VLM labels pairs of
-    any two frames, and a CNN without language learns from them, its output in (-1, 1) like ours.
+    any two frames, and a CNN without language learns from them; both rewards lie in (-1, 1).
     """
     reward = scale * cosine(frames, texts[:, None])  # (B, K)
     better = times[:, :, None] > times[:, None]  # (B, K, K)
@@ -883,7 +892,8 @@ def progress_loss(frames, texts, times, scale: float = 10.0) -> torch.Tensor:
     frames this shows no new pair, only the middle twice.
     Here: VOC 0.76 seen, 0.48 unseen; retrieval 0.67.
     Source: ReWiND, Zhang et al., 2505.10911; SARM, 2509.25358. Differs: no network over time, the
-    sigmoid of a scaled cosine instead of a head. No official form for single frames: scale ours.
+    sigmoid of a scaled cosine instead of a head. There is no official form for single frames: we
+    chose the scale.
     """
     frames = torch.cat([frames, frames[:, :-1].flip(1)], dim=1)[:, 1:]  # (B, 2 K - 2, D)
     times = torch.cat([times, times[:, :-1].flip(1)], dim=1)[:, 1:]
@@ -918,8 +928,9 @@ def decisionnce_p_loss(frames, texts, times, scale: float = 100.0) -> torch.Tens
         L = matching_loss(R)
 
     The reward has to rise more under its own instruction than under others: how a scene looks
-    cancels, so nothing is gained by telling tasks apart by their furniture. What it does under all
-    sentences alike cancels too: unlike triplet's, this reward may fall, if only less than others.
+    cancels, so nothing is gained by telling tasks apart by their furniture. A rise common to all
+    videos and sentences cancels too: unlike triplet's, this reward may fall, if only less than that
+    of wrong pairs.
     Assumes that the sentences of a batch ask for different changes.
     Here: VOC 0.86 seen, 0.44 unseen; retrieval 0.72.
     Source: Li et al., 2402.18137, losses.py. Differs: two late and two early frames instead of one
@@ -957,7 +968,8 @@ def vlc_loss(frames, texts, times, scale: float = 1.0, margin: float = 0.0,
         L = rank_weight mean max(0, S_iik - S_ii(k+1) + margin) + matching_loss(S at the end)
 
     A triplet of neighbours, and CLIP on the last frame to remember which task is which. At margin 0
-    a flat reward costs nothing: what makes it rise is that only the end meets the CLIP term.
+    a flat reward costs nothing. What makes it rise is the CLIP term, which pulls up the end alone;
+    the hinge only forbids that a frame is above the one after it.
     Here: VOC 0.87 seen, 0.46 unseen; retrieval 0.66.
     Source: Alakuijala et al., 2405.19988, modules/until_module.py. Differs: S is a transformer
     over the video so far; ours looks at single frames, and its scores spread less, which the
@@ -970,9 +982,9 @@ def vlc_loss(frames, texts, times, scale: float = 1.0, margin: float = 0.0,
 
 
 def softmax_loss(positive: torch.Tensor, negatives: list[torch.Tensor]) -> torch.Tensor:
-    """-log(e + p) with p = exp(pos) / (e + exp(pos) + sum exp(neg)), elementwise: (B,).
+    """-log(eps + p) with p = exp(pos) / (eps + exp(pos) + sum exp(neg)), elementwise: (B,).
 
-    Adding e to the denominator is adding log e as one more logit: no exp() ever overflows.
+    Adding eps to the denominator is adding log eps as one more logit: no exp() ever overflows.
     """
     floor = torch.full_like(positive, LOG_EPS)
     log_p = positive - torch.logsumexp(torch.stack([positive, *negatives, floor]), dim=0)
@@ -982,9 +994,9 @@ def softmax_loss(positive: torch.Tensor, negatives: list[torch.Tensor]) -> torch
 def tcn_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3) -> torch.Tensor:
     """TCN, time-contrastive: frames close in time are close, far in time far, other videos far.
 
-        S(a, b) = -|a - b| / temperature
-        L = 1/2 mean [ -log p(s2 -> s1) - log p(s1 -> s0) ],  where the pair (s2, s1) competes with
-        (s2, s0) and s2 of other videos, the pair (s1, s0) with (s2, s0) and s0 of other videos
+        L = 1/2 mean [ -log p(s2, s1) - log p(s1, s0) ],  p of softmax_loss() over the similarities
+        -|a - b| / temperature, where the pair (s2, s1) competes with (s2, s0) and (s2, s2 of other
+        videos), the pair (s1, s0) with (s2, s0) and (s0, s0 of other videos)
 
     Ignores the instruction: the image tower moves, the text tower does not, and what becomes of
     their cosine is left to chance. Its own reward is minus the distance to an image of the goal.
@@ -1039,11 +1051,11 @@ def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
     return tcn + (has_text * language).mean() + norm_penalty(used, l1, l2)
 
 
-def value_loss(value, start, now, next, goal, gamma: float, perms: torch.Tensor) -> torch.Tensor:
-    """The core of VIP and LIV: learn from videos alone a value V(o; goal), minus the discounted
-    number of steps to the goal.
+def value_loss(value, start, now, next_, goal, gamma: float, perms: torch.Tensor) -> torch.Tensor:
+    """The core of VIP and LIV: learn from videos alone a value V(o; goal), which should be
+    the number of steps to the goal, discounted and negative.
 
-        L = (1 - gamma) mean -V(o0; og) + log(e + mean exp(1 + V(o; og) - gamma V(o'; og)))
+        L = (1 - gamma) mean -V(o0; og) + log(eps + mean exp(1 + V(o; og) - gamma V(o'; og)))
             [ + the same second term over other videos' (o, o') under this goal ]
 
     Each step costs 1, so V(o) = -1 + gamma V(o') for whoever walks straight to the goal. The first
@@ -1051,13 +1063,13 @@ def value_loss(value, start, now, next, goal, gamma: float, perms: torch.Tensor)
     steps most. Nothing punishes V(o) < ..., so V need not end as a count. Frames (B, D), perms (m,
     B).
     """
-    def step_penalty(now, next):
-        residual = 1 + value(now, goal) - gamma * value(next, goal)
+    def step_penalty(now, next_):
+        residual = 1 + value(now, goal) - gamma * value(next_, goal)
         log_mean = torch.logsumexp(residual.flatten(), dim=0) - math.log(residual.numel())
         return torch.logaddexp(log_mean, log_mean.new_tensor(LOG_EPS))
 
-    loss = (1 - gamma) * -value(start, goal).mean() + step_penalty(now, next)
-    return loss + step_penalty(now[perms], next[perms]) if len(perms) else loss
+    loss = (1 - gamma) * -value(start, goal).mean() + step_penalty(now, next_)
+    return loss + step_penalty(now[perms], next_[perms]) if len(perms) else loss
 
 
 def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, negatives: int = 3,
@@ -1067,20 +1079,20 @@ def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, nega
         V(o; og) = -scale |o - og|;  L = value_loss(V) + l1 |x|_1 + l2 |x|_2
 
     Ignores the instruction: its own reward needs an image of the goal. Each log can be lowered by
-    driving intermediate frames away from the goal, down to log e; only the length of the vectors
+    driving intermediate frames away from the goal, down to log eps; only the length of the vectors
     stops it. With unit vectors and scale 1, V lies in [-2, 0], while a goal 23 frames away should
     get -(1 - .98^23) / .02 = -18.6: the scale is ours.
     Here: VOC -0.14 seen, -0.35 unseen; retrieval 0.07. By goal images 0.61 unseen.
     Source: Ma et al., 2210.00030, vip/trainer.py and the released Ego4D constants. Differs: the
     goal is the end of the episode rather than of a random part of it.
     """
-    start, now, next, _, goal = frames.unbind(1)
+    start, now, next_, _, goal = frames.unbind(1)
 
     def value(a, b):
         return scale * negative_distance(a, b)
 
-    return (value_loss(value, start, now, next, goal, gamma, shifts(negatives, len(frames)))
-            + norm_penalty(torch.stack([start, goal, now, next]), l1, l2))
+    return (value_loss(value, start, now, next_, goal, gamma, shifts(negatives, len(frames)))
+            + norm_penalty(torch.stack([start, goal, now, next_]), l1, l2))
 
 
 def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98,
@@ -1090,7 +1102,8 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
         V(o; og) = cos(o, og) / (1 - gamma);  M_ij = cos(og_i, l_j) / temperature
         L = matching_loss(M) + value_loss(V; goal og) + w_lang value_loss(V; goal l)
 
-    The division makes room for V to count steps. With the official w_lang = 0 a sentence meets the
+    The division makes room for V to count steps; at the goal V is 50 and not 0, an offset that
+    shifts 1 + V - gamma V' by a constant 1. With the official w_lang = 0 a sentence meets the
     end of its video in the CLIP term, and no frame before it: what orders those is the goal image.
     The CLIP term has logit scale 1, nearly flat on cosines: 40 instructions start at log 40 = 3.69,
     and end at best at log(1 + 39 exp(-40/39)) = 2.71.
@@ -1099,7 +1112,7 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
     w_lang = 0 and negatives = 0). The frame that meets the instruction is the end: the last of
     `frames`, a sixth if there is one. Differs: only in the batch.
     """
-    start, now, next, _, goal = frames[:, :5].unbind(1)
+    start, now, next_, _, goal = frames[:, :5].unbind(1)
 
     def value(a, b):
         return cosine(a, b) / (1 - gamma)
@@ -1108,7 +1121,7 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
     for target, weight in ((goal, 1.0), (texts, language_weight)):
         if weight:
             loss = loss + weight * value_loss(
-                value, start, now, next, target, gamma, shifts(negatives, len(frames)))
+                value, start, now, next_, target, gamma, shifts(negatives, len(frames)))
     return loss
 
 
@@ -1143,15 +1156,15 @@ def hilp_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.99,
     Source: Park et al., 2402.15567, hilp_gcrl/src/agents/hilp.py. Differs: one network instead of
     two; its own output, detached, instead of a slow copy; goals from five frames.
     """
-    _, now, next, later, end = frames.unbind(1)
-    goals = torch.stack([next, later, end, *end[shifts(1, len(frames))]])  # (4, B, D)
+    _, now, next_, later, end = frames.unbind(1)
+    goals = torch.stack([next_, later, end, *end[shifts(1, len(frames))]])  # (4, B, D)
 
     def value(state):
         squared = (state - goals).square().sum(-1).clamp(min=1e-6)
         return -scale * squared.sqrt().flatten()[None]  # (1, 4 B): one network
 
     v = value(now)
-    return expectile_loss(v, v.detach(), value(next).detach(), torch.zeros_like(v[0]),
+    return expectile_loss(v, v.detach(), value(next_).detach(), torch.zeros_like(v[0]),
                           gamma, expectile)
 
 
@@ -1159,7 +1172,7 @@ def instruction_as_goal(loss):
     """The language version of an objective that ignores language: the instruction takes the place
     of the last frame, which is the goal of VIP and HILP, and the latest of TCN's three. Where those
     contrast ends of videos, this contrasts sentences. VOC on unseen tasks: tcn-text and vip-text do
-    about as well as R3M, hilp-text does not. Ours."""
+    about as well as R3M, hilp-text does not. This is our own idea."""
     def with_instruction(frames, texts, times, **constants):
         return loss(torch.cat([frames[:, :-1], texts[:, None]], dim=1), texts, times, **constants)
     return with_instruction
@@ -1300,8 +1313,8 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
     """Train the model in place. Returns the log: step, loss, seconds and, now and then, validation
     VOC. Same seed, same CPU, same number of threads: the same weights, bit for bit.
 
-    oracle: the loss gets the simulator's rewards as times. checkpoint: a file to save to ten times
-    on the way, and to go on from. Raises InputError when the loss is no number or not finite.
+    oracle: the loss gets the simulator's rewards as times. checkpoint: a file to save to about ten
+    times on the way, and to go on from. Raises InputError when the loss is no number or not finite.
     """
     device, rng = model.mean.device, np.random.default_rng(seed)
     episodes = training_episodes(data, batch)
@@ -1417,7 +1430,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer) -> list[dict]:
 #
 # Values are (E, T): the model's reward of T frames of each of E episodes. Every metric comes from
 # sums over episodes, so a bootstrap over episodes needs no second pass over the frames: draw how
-# often each episode counts, R times, and weigh the sums.
+# often each episode counts, R times, and weigh the sums. Such counts are called weights below.
 
 
 def value_order_correlation(values: np.ndarray) -> np.ndarray:
@@ -1559,7 +1572,7 @@ def score_task(frames: torch.Tensor, expert: np.ndarray, own: int, opposite: int
                texts: torch.Tensor, paraphrases: torch.Tensor, own_reward=None):
     """Rewards and scores of one task's episodes.
 
-    frames (E, T, D); expert (E,) flags; texts (S, D) all instructions, paraphrases (3, D) of this
+    frames (E, T, D); expert (E,) flags; texts (M, D) all instructions, paraphrases (3, D) of this
     task; own and opposite: rows of texts, the same one if there is no opposite. Returns rewards
     {"": cosines (E, T), "goal_": by goal images, "own_": own_reward(frames, text)}, scores
     {metric: (score (E,), 1 where it is defined (E,))} and the sentence each end prefers (E,).
@@ -1576,7 +1589,7 @@ def score_task(frames: torch.Tensor, expert: np.ndarray, own: int, opposite: int
     voc_paraphrase = np.mean([value_order_correlation(rewards_under(text))
                               for text in paraphrases], axis=0)
     voc_opposite = value_order_correlation(rewards_under(texts[opposite]))
-    last = (frames[:, -1] @ texts.T).numpy()  # (E, S): whose end does it look like?
+    last = (frames[:, -1] @ texts.T).numpy()  # (E, M): whose end does it look like?
     rank = (last >= last[:, [own]]).sum(1)  # 1 = the right one, alone
     scores = voc | {"voc_paraphrase": voc_paraphrase, "antonym": voc["voc"] - voc_opposite,
                     "retrieval_top1": rank <= 1, "retrieval_top5": rank <= 5}
@@ -1598,10 +1611,11 @@ def task_metrics(rng, source, rewards, success, values: dict, scores: dict) -> d
         everywhere = [counts.reshape(v.shape).sum(1)  # (E,)
                       for counts in pair_counts(v.ravel(), rewards.ravel())]
         rows[prefix + "ranking_accuracy_within"] = weighted_ratio(weights, *(within * mixed))
-        # Pairs across hang on two episodes, and are counted once with each: to first order, a
-        # bootstrap of both episodes strays from the ratio twice as far as this one does.
+        # A pair across counts as often as BOTH its episodes are drawn, product of two weights.
+        # This weighs it by one of them, which to first order moves the ratio half as far: double.
         across = weighted_ratio(weights, *np.subtract(everywhere, within))
-        rows[prefix + "ranking_accuracy_across"] = np.clip(2 * across - across[0], 0, 1)
+        rows[prefix + "ranking_accuracy_across"] = np.clip(
+            across[0] + 2 * (across - across[0]), 0, 1)
         rows[prefix + "success_auroc"] = success_auroc(weights, v[:, -1], success[:, -1])
         rows[prefix + "epic"] = epic_distance(weights, v, rewards)
     return rows
@@ -1613,7 +1627,7 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, own_reward=None
     "episodes" (E,), "values" {prefix: (E, T)} and the sentence "preferred" (E,) of its end."""
     model.eval()
     names, test = list(sentences), data.select(split="test")
-    texts = model.embed_texts([sentences[name]["instruction"] for name in names]).cpu()  # (S, D)
+    texts = model.embed_texts([sentences[name]["instruction"] for name in names]).cpu()  # (M, D)
     rng, rows, preferred, values = np.random.default_rng(0), {}, np.zeros(len(test), int), {}
     for task in progress_bar(np.unique(data.task[test]), desc="evaluating", unit="task",
                              leave=False, disable=None):  # None: not where there is no terminal
@@ -1734,8 +1748,12 @@ def loss_of(objective: str, constants: dict):
 
 @functools.cache
 def companion(name: str):
-    """The module data/<name>.py: report (tables, pictures), study (many runs), score (videos)."""
-    sys.modules.setdefault("vlmrm", sys.modules[__name__])  # by this name they import this file
+    """The module data/<name>.py: report (tables, pictures), study (many runs), score (videos).
+
+    They say `import vlmrm`. Run as a program this file is called __main__, and would be loaded a
+    second time: so it gets this name too.
+    """
+    sys.modules.setdefault("vlmrm", sys.modules[__name__])
     spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -1899,8 +1917,10 @@ def run_once(args: argparse.Namespace) -> None:
 def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
     """The trained model of a run folder, ready to score(frames, instruction).
 
-    Raises InputError when the folder is no run or its weights do not fit. A model with LoRA also
-    needs the pretrained weights it was trained on, from the same place as then.
+    Of tcn, vip and hilp, which know no sentence, the score means nothing: use embed_frames() and
+    the distance to a goal image. A model with LoRA also needs the pretrained weights it was trained
+    on, from the same place as then. Raises InputError when the folder is no run or its weights do
+    not fit.
     """
     config = read_config(Path(run_dir))
     backbone, pretrained, lora = config["backbone"], config["pretrained"], config["lora"]
@@ -1921,7 +1941,7 @@ def wrap_environment(env, model: RewardModel, instruction: str, render=None, sha
     render() -> uint8 (H, W, 3); not given, env.render(). The reward is that of the frame after the
     step. With shaping it is added to the environment's own, as gamma r(s') - r(s): whatever the
     model says, the best policy stays the best one (Ng, Harada and Russell, 1999), as long as r
-    counts as 0 where an episode terminates.
+    counts as 0 where an episode terminates. Raises InputError when there is no picture.
     """
     import gymnasium
 
@@ -1950,6 +1970,7 @@ def wrap_environment(env, model: RewardModel, instruction: str, render=None, sha
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The program. Returns its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     args = parse_arguments(argv)
     try:
         check_objective(args.objective)

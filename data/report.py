@@ -182,7 +182,7 @@ def against_triplet(runs, shown, group: str, metric: str):
 
 
 def comparison_table(runs, shown) -> str:
-    """The study's table, in Markdown, by VOC on unseen tasks.
+    """Order in videos by every objective, in Markdown, by VOC on unseen tasks.
 
     ↓ and ↑: worse and better than triplet over the tasks of that column (p < .05).
     Bold: what beats triplet, and triplet where it beats every peer.
@@ -197,18 +197,12 @@ def comparison_table(runs, shown) -> str:
             marks[name, metric, group] = sign if p[name] < 0.05 else ""
         if all(marks[name, metric, group] == "↓" for name in p):
             marks["triplet", metric, group] = "↑"
-    titles = ["objective", "VOC, seen", "VOC, unseen", "ranking within, seen",
-              "ranking within, unseen", "ranking across, unseen", "VOC by goal images, unseen",
-              "VOC minus VOC of opposite, unseen",
-              "retrieval top 1, seen", "official constants (one seed): VOC, seen", "VOC, unseen",
-              "frames/s"]
     rows = []
     for name, setting in shown.items():
-        some = runs[name, setting]
         cells = [label(name, quote="`")]
         for metric, group in columns:
             mark = marks.get((name, metric, group), "")
-            text = cell(some, group, of_reward(some, metric))
+            text = cell(runs[name, setting], group, of_reward(runs[name, setting], metric))
             cells.append(f"**{text}**" if mark == "↑" else f"{text} {mark}".strip())
         rows.append(cells)
     return markdown(["objective", "VOC, seen", "VOC, unseen", "ranking within, seen",
@@ -655,7 +649,8 @@ def tables(root: Path) -> dict[str, str]:
     soak are made where their programs have left figures."""
     runs, shown, _ = load(root)
     found = {"short": short_table(runs, shown), "comparison": comparison_table(runs, shown),
-             "headline": headline_table(runs, shown), "metrics": metrics_table(runs, shown)}
+             "more": more_table(runs, shown), "headline": headline_table(runs, shown),
+             "metrics": metrics_table(runs, shown)}
     for name, table in (("benchmark", speed_table), ("soak", soak_table)):
         if (root / f"{name}.json").exists():
             found[name] = table(json.loads((root / f"{name}.json").read_text(encoding="utf-8")))
