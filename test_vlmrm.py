@@ -1619,11 +1619,13 @@ def exercise(number, answer=None):
 
 
 def test_exercises_refuse_wrong_answers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    planted = vlmrm.companion("exercises").planted_loss
-    for number, wrong in ((1, 0.5), (2, planted), (3, 1.0), (4, lambda frames: frames[:, -1]),
+    exercises = vlmrm.companion("exercises")
+    monkeypatch.setattr(exercises, "ROOT", tmp_path)
+    for number, wrong in ((1, 0.5), (2, exercises.planted_loss), (3, 1.0),
+                          (4, lambda frames: frames[:, -1]),
                           (7, lambda: vlmrm.build_backbone("tiny", "none")),
-                          (9, lambda rewards: rewards.mean(0))):
+                          (8, lambda *batch: vlmrm.triplet_loss(*batch)),
+                          (9, lambda rewards: rewards.mean(0)), (9, lambda rewards: rewards[0])):
         right, remark = exercise(number, wrong)
         assert not right and remark, number
     for number in (5, 6):
@@ -1635,10 +1637,31 @@ def test_exercises_refuse_wrong_answers(tmp_path, monkeypatch):
 
 def test_exercises_accept_what_is_right(shipped):
     assert exercise(2, vlmrm.decisionnce_p_loss)[0]
-    truth = {task: shipped.rewards[shipped.select(split="test", task=task)]
-             for task in vlmrm.UNSEEN_TASKS}
-    tasks = iter(vlmrm.UNSEEN_TASKS)
-    assert exercise(9, lambda rewards: truth[next(tasks)])[0]  # who knows the truth picks best
+    truth, tasks = [], iter(vlmrm.UNSEEN_TASKS)
+    triplet = np.load(HERE / "data" / "results" / "rewards.npz")["triplet/values"]
+    for task in vlmrm.UNSEEN_TASKS:  # in the order in which the check hands the frames over
+        test = shipped.select(split="test")
+        order = np.argsort(triplet[shipped.task[test] == task], axis=None, kind="stable")
+        truth.append(shipped.rewards[test[shipped.task[test] == task]].ravel()[order])
+    assert exercise(9, lambda rewards: truth[vlmrm.UNSEEN_TASKS.index(next(tasks))])[0]
+
+
+@pytest.mark.parametrize("answers, says", [
+    (None, "write answer_1 into"),
+    ("", "has no answer_1"),
+    ("answer_1 = 'a'", "not yet: TypeError"),
+    ("def answer_1(: pass", "not yet: SyntaxError"),
+    ("answer_1 = 1 / 0", "answers.py, line 1"),
+])
+def test_an_answer_of_any_kind_gets_one_line(tmp_path, monkeypatch, capsys, answers, says):
+    exercises = vlmrm.companion("exercises")
+    monkeypatch.setattr(exercises, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["exercises.py", "1"])
+    if answers is not None:
+        (tmp_path / "answers.py").write_text(answers)
+    assert exercises.main() == 1
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and says in printed
 
 
 # -----------------------------------------------------------------------------
