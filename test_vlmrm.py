@@ -832,6 +832,8 @@ def test_frames_survive_packing(tmp_path):
     data = vlmrm.Dataset(tmp_path / "one.npz")
     assert np.abs(data.frames(0).astype(int) - frames).mean() < 4
     assert data.load([0, 0], every=4).shape == (2, 2, 64, 64, 3)
+    vlmrm.write_dataset(tmp_path / "again.npz", [data.episode(0)])
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
 
 def test_batch_is_ordered_distinct_and_from_different_tasks():

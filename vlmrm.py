@@ -451,11 +451,13 @@ def collect(args: argparse.Namespace) -> None:
           f"({args.output.stat().st_size / 1e6:.1f} MB)")
 
 
+EPISODE = ("task", "split", "source", "seed", "rewards", "success", "steps")  # and its strip
+
+
 def write_dataset(path: Path, episodes: list[dict]) -> None:
     """Write the episodes as one plain npz: an array per field, the WebP strips end to end."""
-    fields = {name: np.array([episode[name] for episode in episodes])
-              for name in ("task", "split", "source", "seed", "rewards", "success")}
-    fields["steps"] = np.int16([episode["steps"] for episode in episodes])
+    fields = {name: np.array([episode[name] for episode in episodes]) for name in EPISODE}
+    fields["steps"] = np.int16(fields["steps"])
     fields["offsets"] = np.cumsum([0] + [len(episode["strip"]) for episode in episodes])
     fields["strips"] = np.frombuffer(b"".join(episode["strip"] for episode in episodes), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -490,8 +492,7 @@ class Dataset:
         try:
             self.start = self.start_of_strips()
             with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
-                for name in ("task", "split", "source", "seed", "rewards", "success", "steps",
-                             "offsets"):
+                for name in (*EPISODE, "offsets"):
                     setattr(self, name, file[name])
             self.E, self.T = self.rewards.shape
             self.check()
@@ -509,6 +510,11 @@ class Dataset:
         # nearly all that training needs of the default data, and a bound for any other.
         episodes = 256_000_000 // (3 * self.T * self.S**2)
         self.frames = functools.lru_cache(maxsize=episodes)(self.unpack)
+
+    def episode(self, number: int) -> dict:
+        """One episode as write_dataset() takes it: to select some, or to join data sets."""
+        return {name: getattr(self, name)[number] for name in EPISODE} | {
+            "strip": self.packed(number)}
 
     def packed(self, episode: int) -> bytes:
         """The WebP of one episode, as it lies in the file."""

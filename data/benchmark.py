@@ -256,17 +256,14 @@ def repeated(data, times: int, path: Path, size: int | None = None) -> None:
     """The data set with every episode several times over, or with pictures of another size."""
     from PIL import Image
     episodes = []
-    for _ in range(times):
-        for e in range(data.E):
-            strip = data.packed(e)
-            if size:
-                frames = [np.asarray(Image.fromarray(frame).resize((size, size)))
-                          for frame in data.frames(e)]
-                strip = vlmrm.encode_frames(np.stack(frames))
-            episodes.append({name: getattr(data, name)[e] for name in (
-                "task", "split", "source", "seed", "rewards", "success", "steps")} | {
-                "strip": strip})
-    vlmrm.write_dataset(path, episodes)
+    for e in range(data.E):
+        episode = data.episode(e)
+        if size:
+            frames = [np.asarray(Image.fromarray(frame).resize((size, size)))
+                      for frame in data.frames(e)]
+            episode["strip"] = vlmrm.encode_frames(np.stack(frames))
+        episodes.append(episode)
+    vlmrm.write_dataset(path, episodes * times)
 
 
 def growth() -> dict:

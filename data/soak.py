@@ -32,11 +32,8 @@ TASKS = ("reach-v3", "push-v3", "drawer-close-v3", "drawer-open-v3")
 
 def small_data(path: Path) -> list[dict]:
     """A data set of four tasks of the shipped one, one of them unseen. Returns its episodes."""
-    data, episodes = vlmrm.Dataset(HERE / "metaworld.npz"), []
-    for e in np.flatnonzero(np.isin(data.task, TASKS)):
-        episodes.append({name: getattr(data, name)[e] for name in (
-            "task", "split", "source", "seed", "rewards", "success", "steps")} | {
-            "strip": vlmrm.encode_frames(data.frames(e))})
+    data = vlmrm.Dataset(HERE / "metaworld.npz")
+    episodes = [data.episode(e) for e in np.flatnonzero(np.isin(data.task, TASKS))]
     vlmrm.write_dataset(path, episodes)
     return episodes
 
