@@ -599,7 +599,7 @@ def test_voc_is_scipys_spearman_and_opengvls_value():
 
 
 def accuracy(values, rewards, threshold=0.1):
-    correct, total = vlmrm.pair_counts(values, rewards, threshold)
+    correct, total = vlmrm.pair_counts(values[None], rewards[None], threshold)
     return correct.sum() / total.sum()
 
 
@@ -610,29 +610,30 @@ def test_ranking_accuracy_by_hand():
     assert accuracy(values, rewards) == pytest.approx(2.5 / 3)
     assert accuracy(values, rewards, threshold=1.0) == 1
     assert accuracy(-values, rewards) == pytest.approx(0.5 / 3)
-    correct, total = vlmrm.pair_counts(values, rewards)
+    (correct,), (total,) = vlmrm.pair_counts(values[None], rewards[None])
     assert correct.tolist() == [2, 1.5, 1.5] and total.tolist() == [2, 2, 2]  # of each frame
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 60])
 def test_pair_counts_are_the_double_loop(n):
     rng = np.random.default_rng(n)
-    values, rewards = rng.integers(0, 9, size=n).astype(float), rng.integers(0, 40, size=n) / 9
-    correct, total = np.zeros((2, n))
-    for a, b in np.ndindex(n, n):
-        if abs(rewards[a] - rewards[b]) > 0.1:
-            total[a] += 1
-            correct[a] += ((values[a] > values[b]) == (rewards[a] > rewards[b])) * (
-                values[a] != values[b]) + (values[a] == values[b]) / 2
+    values, rewards = rng.integers(0, 9, (3, n)).astype(float), rng.integers(0, 40, (3, n)) / 9
+    correct, total = np.zeros((2, 3, n))
+    for e, a, b in np.ndindex(3, n, n):
+        v, r = values[e], rewards[e]
+        if abs(r[a] - r[b]) > 0.1:
+            total[e, a] += 1
+            correct[e, a] += ((v[a] > v[b]) == (r[a] > r[b])) * (v[a] != v[b]) + (v[a] == v[b]) / 2
     for found, expected in zip(vlmrm.pair_counts(values, rewards), (correct, total)):
         assert found.tolist() == expected.tolist()
 
 
 def test_count_below_is_a_loop():
     rng = np.random.default_rng(6)
-    ranks, first, limits = rng.integers(0, 20, 50), rng.integers(0, 51, 30), rng.integers(0, 25, 30)
-    assert vlmrm.count_below(ranks, first, limits).tolist() == [
-        sum(rank < limit for rank in ranks[:k]) for k, limit in zip(first, limits)]
+    ranks, limits = rng.integers(0, 20, 50), rng.integers(0, 25, 30)
+    start, end = np.sort(rng.integers(0, 51, (2, 30)), axis=0)
+    assert vlmrm.count_below(ranks, start, end, limits).tolist() == [
+        sum(rank < limit for rank in ranks[i:k]) for i, k, limit in zip(start, end, limits)]
 
 
 def test_pair_accuracy_of_a_constant_is_one_half_and_matches_kendall():

@@ -506,8 +506,8 @@ class Dataset:
                 NotImplementedError, zipfile.BadZipFile, zlib.error) as problem:
             raise InputError(f"{path} is not a data set of this program: "
                              f"{first_line(problem, 150)}") from None
-        # Unpacking an episode takes 2 ms, so the most recent ones stay unpacked, up to 256 MB:
-        # nearly all that training needs of the default data, and a bound for any other.
+        # Unpacking an episode takes 2 ms, so those that frames() gave last stay unpacked, up to 256
+        # MB: all that training needs of the default data, and a bound for any other.
         episodes = 256_000_000 // (3 * self.T * self.S**2)
         self.frames = functools.lru_cache(maxsize=episodes)(self.unpack)
 
@@ -540,9 +540,14 @@ class Dataset:
     def load(self, episodes, every: int = 1) -> torch.Tensor:
         """Every n-th frame of some episodes, unpacked by all cores: uint8 (len(episodes),
         ceil(T / every), S, S, 3)."""
+        frames = np.empty((len(episodes), -(-self.T // every), self.S, self.S, 3), np.uint8)
+
+        def put(place):
+            frames[place] = self.unpack(episodes[place])[::every]
+
         with ThreadPoolExecutor() as threads:
-            unpacked = list(threads.map(self.frames, episodes))
-        return torch.from_numpy(np.stack([frames[::every] for frames in unpacked]))
+            list(threads.map(put, range(len(episodes))))  # a list, or errors would go unseen
+        return torch.from_numpy(frames)
 
     def select(self, **wanted) -> np.ndarray:
         """Indices of the episodes that match: select(split="test", source="expert")."""
@@ -1453,20 +1458,19 @@ def value_order_correlation(values: np.ndarray) -> np.ndarray:
     return np.divide(ranks @ centred_time, norm, out=np.zeros(len(ranks)), where=norm > 0)
 
 
-def count_below(ranks: np.ndarray, prefix: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """How many of ranks[:prefix[q]] are less than limits[q], for each query q.
+def count_below(ranks: np.ndarray, start, end, limits: np.ndarray) -> np.ndarray:
+    """How many of ranks[start:end] are less than the limit, for queries of any shape.
 
-    All are arrays of whole numbers >= 0. Costs O(n log n), as sorting does: bit by bit from the
-    highest, entries whose bit is 0 move to the front and the others to the back, each keeping
-    their order. A query is a range start to end; it follows the half that its limit's bit points
-    to, and where that is 1, all entries of its range in the other half are less. (This is a
+    All are arrays of whole numbers >= 0; start and end broadcast to limits. Costs O(n log n), as
+    sorting does: bit by bit from the highest, entries whose bit is 0 move to the front and the
+    others to the back, each keeping their order. A query follows the half that its limit's bit
+    points to, and where that is 1, all entries of its range in the other half are less. (This is a
     wavelet matrix.)
     """
-    counts = np.zeros(len(prefix), np.int64)
-    start, end = np.zeros_like(prefix), prefix
+    counts = np.zeros(limits.shape, np.int64)
     for bit in reversed(range(int(max(limits.max(initial=0), ranks.max(initial=0))).bit_length())):
         one, up = ranks >> bit & 1 == 1, limits >> bit & 1 == 1
-        zeros = np.r_[0, np.cumsum(~one)]  # zeros[k]: how many among the first k entries
+        zeros = np.concatenate([[0], np.cumsum(~one)])  # how many among the first k entries
         counts += np.where(up, zeros[end] - zeros[start], 0)
         start, end = (np.where(up, zeros[-1] + edge - zeros[edge], zeros[edge])
                       for edge in (start, end))
@@ -1475,21 +1479,23 @@ def count_below(ranks: np.ndarray, prefix: np.ndarray, limits: np.ndarray) -> np
 
 
 def pair_counts(values: np.ndarray, rewards: np.ndarray, threshold: float = 0.1):
-    """For each of n frames the pairs that it is part of: how many the values order as the rewards
-    do, and how many there are. values, rewards (n,) -> two arrays (n,).
+    """For each frame the pairs that it is part of, within its row: how many the values order as the
+    rewards do, and how many there are. values, rewards (E, T) -> two arrays (E, T).
 
     A pair counts if its rewards differ by more than the threshold (0.1 on Meta-World's scale of 0
     to 10, our choice); equal values count half. Every pair is counted at both its frames, so the
     ranking accuracy is the ratio of the two sums. O(n log n).
     """
     values, rewards = np.float64(values), np.float64(rewards)
-    correct, total = np.zeros(len(values)), np.zeros(len(values))
+    correct, total = np.zeros(values.shape), np.zeros(values.shape)
+    row = np.arange(len(values))[:, None] * values.shape[1]  # where each begins, end to end
     for v, r in ((values, rewards), (-values, -rewards)):  # as the better frame, as the worse one
-        order = np.argsort(r, kind="stable")
-        worse = np.searchsorted(r[order], r - threshold)  # the first so many of them are worse
-        ranks = np.unique(v, return_inverse=True)[1]
-        for limits in (ranks, ranks + 1):  # lower values, and lower or equal ones
-            correct += count_below(ranks[order], worse, limits) / 2
+        order = np.argsort(r, axis=1, kind="stable")
+        worse = np.stack([np.searchsorted(np.sort(one), one - threshold) for one in r])  # (E, T)
+        ranks = np.unique(v, return_inverse=True)[1].reshape(v.shape)
+        limits = np.stack([ranks, ranks + 1])  # lower values, and lower or equal ones: (2, E, T)
+        ranks = np.take_along_axis(ranks, order, axis=1).ravel()  # the worse ones come first
+        correct += count_below(ranks, row, row + worse, limits).mean(0)
         total += worse
     return correct, total
 
@@ -1612,14 +1618,13 @@ def task_metrics(rng, source, rewards, success, values: dict, scores: dict) -> d
     rows = {metric: weighted_ratio(weights, score * defined, defined)
             for metric, (score, defined) in scores.items()}
     for prefix, v in values.items():
-        within = np.array([[counts.sum() for counts in pair_counts(*episode)]
-                           for episode in zip(v, rewards)]).T  # (2, E): correct, total
-        everywhere = [counts.reshape(v.shape).sum(1)  # (E,)
-                      for counts in pair_counts(v.ravel(), rewards.ravel())]
+        within = np.sum(pair_counts(v, rewards), axis=-1)  # (2, E): correct, total
+        everywhere = np.sum([counts.reshape(v.shape) for counts in pair_counts(
+            v.reshape(1, -1), rewards.reshape(1, -1))], axis=-1)  # (2, E)
         rows[prefix + "ranking_accuracy_within"] = weighted_ratio(weights, *(within * mixed))
         # A pair across counts as often as BOTH its episodes are drawn, product of two weights.
         # This weighs it by one of them, which to first order moves the ratio half as far: double.
-        across = weighted_ratio(weights, *np.subtract(everywhere, within))
+        across = weighted_ratio(weights, *(everywhere - within))
         rows[prefix + "ranking_accuracy_across"] = np.clip(
             across[0] + 2 * (across - across[0]), 0, 1)
         rows[prefix + "success_auroc"] = success_auroc(weights, v[:, -1], success[:, -1])

@@ -201,7 +201,7 @@ def evaluation() -> dict:
     rng = np.random.default_rng(0)
     values, rewards = rng.random((2, 10**6))
     began = time.perf_counter()
-    vlmrm.pair_counts(values, rewards)
+    vlmrm.pair_counts(values[None], rewards[None])
     rates["pairs_of_a_million_frames_seconds"] = time.perf_counter() - began
     n = 1000  # the double loop takes n^2: a million frames are 10^6 times the work of a thousand
     began = time.perf_counter()

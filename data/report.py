@@ -105,7 +105,7 @@ def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, 
         strip.set_title(("expert" if expert else "failed attempt") + (
             ", task never trained on" if task in vlmrm.UNSEEN_TASKS else ""),
             loc="right", fontsize=10)
-        correct, total = vlmrm.pair_counts(values, rewards)
+        correct, total = vlmrm.pair_counts(values[None], rewards[None])
         merit = (f"VOC {vlmrm.value_order_correlation(values[None])[0]:.2f}" if expert else
                  f"ranking accuracy {correct.sum() / total.sum():.2f}")
         for axis, y, color, label in (
