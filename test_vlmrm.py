@@ -1551,7 +1551,7 @@ def test_study_and_ensemble(small_study, tmp_path, capsys):
     results = json.loads((root / "results.json").read_text())
     made = {(run["objective"], run["config"]["setting"], run["seed"]) for run in results}
     assert {("triplet", "tuned", 1), ("triplet", "faithful", 0), ("zeroshot", "faithful", 0)} < made
-    assert len(results) == 1 + 2 * 3 + 1  # without training, and with official constants, one seed
+    assert len(results) == 1 + 2 * 3 + 2  # without training one seed; triplet in both settings
     assert {path.name for path in root.glob("*.png")} == {
         "comparison.png", "episode.png", "heatmap.png", "confusion.png", "looks.png"}
     printed = capsys.readouterr().out

@@ -7,7 +7,7 @@ vectors, and their cosine is the reward. What it is worth depends on the objecti
 with, and that is what this file compares, after "Revisiting the learning objectives of
 vision-language reward models" (arXiv 2512.20675): same backbone, same videos, same evaluation.
 
-    python vlmrm.py --objective triplet     train, test, draw: 45 seconds on two CPU cores
+    python vlmrm.py --objective triplet     train, test, draw: 44 seconds on two CPU cores
     python vlmrm.py --score clip.mp4 --instruction "open the drawer"        use what was trained
     python vlmrm.py --objective all --seeds 3                               the study
     python vlmrm.py --collect --tasks reach-v3 push-v3 --output two.npz     make your own videos
@@ -813,7 +813,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 #
 #     frames  (B, K, D)   unit vectors of start < now < next = now + 1 < later < end
 #     texts   (B, D)      unit vector of the instruction of each video
-#     times   (B, K)      share of the episode that has passed at each frame, 0 to 1
+#     times   (B, K)      share of the episode that has passed at each frame, 0 to 1 (for
+#                         preference-oracle the simulator's reward)
 #
 # and returns one number. It is free to ignore what it has no use for. (Our batches have unit
 # vectors; where a loss normalises them again, it is for official test values on others.) In

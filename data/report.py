@@ -225,7 +225,7 @@ def more_table(runs, shown) -> str:
             f"{speed(some):.0f}" if speed(some) else ""])
     return markdown(["objective", "ranking across, unseen", "VOC by goal images, unseen",
                      "VOC minus VOC of opposite, unseen", "retrieval top 1, seen",
-                     "official constants (one seed): VOC, seen", "VOC, unseen", "frames/s"], rows)
+                     "official constants: VOC, seen", "VOC, unseen", "frames/s"], rows)
 
 
 def short_table(runs, shown) -> str:

@@ -234,7 +234,10 @@ def bad_arguments(root: Path, rng) -> dict:
         "an overlong sentence": lambda: [*score, "push " * int(rng.integers(23, 500))],
         "no such video": lambda: ["--score", root / "no.mp4", *score[2:], "x"],
         "no such model": lambda: [*score[:3], root, "--instruction", "x"],
-        "output is a folder": lambda: ["--collect", "--output", root],
+        "output is there": lambda: ["--collect", "--output", rng.choice([root, score[1]])],
+        "two things at once": lambda: [*score, "open", str(rng.choice(["--collect", "--tune"]))],
+        "an option without effect": lambda: list(rng.choice([
+            ("--instruction", "open"), ("--size", "64"), ("--tasks", "reach-v3")])),
         "strip too long": lambda: ["--collect", "--frames", str(rng.integers(200, 999))],
     }
 
@@ -242,13 +245,16 @@ def bad_arguments(root: Path, rng) -> dict:
 def bad_inputs(root: Path, rng):
     """Endlessly: (what is wrong, arguments of a program that must refuse them)."""
     small_data(root / "good.npz")
-    base = ["--data", str(root / "good.npz"), "--steps", "1", "--batch", "3", "--device", "cpu"]
-    assert vlmrm.main([*base, "--runs", str(root), "--name", "trained"]) == 0
+    base = ["--data", root / "good.npz", "--steps", 1, "--batch", 3, "--device", "cpu", "--runs"]
+    assert vlmrm.main([*map(str, base), str(root), "--name", "trained"]) == 0
     Image.new("RGB", (20, 30)).save(root / "picture.png")
     kinds = bad_data(root, rng) | bad_files(root, rng) | bad_arguments(root, rng)
     while True:
         for what, make in kinds.items():
-            yield what, [*base, "--runs", str(root / "runs"), *map(str, make())]
+            arguments = [str(argument) for argument in make()]
+            if not {"--score", "--collect", "--resume"} & {*arguments}:
+                arguments = [*map(str, base), str(root / "runs"), *arguments]
+            yield what, arguments
 
 
 def answers(count: int, root: Path, rng) -> dict:

@@ -117,14 +117,13 @@ def round_to_4(number: str) -> float:
 
 def study(args: argparse.Namespace, data, sentences: dict) -> None:
     """Compare all objectives over several seeds: tables, and pictures. Where the tuned setting
-    differs from the faithful one, the latter is shown too, by its first seed."""
+    differs from the faithful one, the latter is run too."""
     differs = {objective for objective, tuned in vlmrm.TUNED.items()
                if tuned != (LEARNING_RATES[0], {GRID[objective][0]: GRID[objective][1][0]})}
-    jobs = [(objective, "tuned" if objective in differs else "faithful", args.seed + k)
+    jobs = [(objective, setting, args.seed + k)
             for k in range(args.seeds) for objective, loss in vlmrm.OBJECTIVES.items()
+            for setting in (("tuned", "faithful") if objective in differs else ("faithful",))
             if loss or k == 0]  # without training all seeds are alike
-    jobs += [(objective, "faithful", args.seed) for objective in vlmrm.OBJECTIVES
-             if objective in differs]
     folders = finish(args, data, sentences, jobs)
     root = folders[0].parent
     gather(folders, args.seed, root)
