@@ -99,28 +99,14 @@ def first_line(problem: Exception, length: int) -> str:
     return (str(problem).strip() or repr(problem)).splitlines()[0][:length]
 
 
-def whole(minimum: int, maximum: int = 10**6):
-    """A type for argparse: whole numbers from `minimum` to `maximum`."""
-    def whole_number(text: str) -> int:
-        if not minimum <= (number := int(text)) <= maximum:
+def number(kind: type, minimum: float, maximum: float = 10**6):
+    """A type for argparse: int or float, from `minimum` to `maximum`."""
+    def value(text: str):
+        if not minimum <= (found := kind(text)) <= maximum:  # nan is not either
             raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
-        return number
-    whole_number.__name__ = "whole number"  # as argparse will call it
-    return whole_number
-
-
-def positive(text: str) -> float:
-    """A type for argparse: numbers above 0."""
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
-def share(text: str) -> float:
-    """A type for argparse: numbers from 0 to 1."""
-    if not 0 <= (number := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
+        return found
+    value.__name__ = "whole number" if kind is int else "number"  # as argparse will call it
+    return value
 
 
 def plain_name(text: str) -> str:
@@ -149,27 +135,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        "GIF, image or folder of images, with a trained --model")
     modes.add_argument("--tune", action="store_true",
                        help="try the grid of the objective on validation episodes instead")
-    modes.add_argument("--ensemble", type=whole(2), metavar="N",
+    modes.add_argument("--ensemble", type=number(int, 2), metavar="N",
                        help="combine N models of the objective, and pick the best of many frames")
     modes.add_argument("--collect", action="store_true", help="make a data set instead")
-    what.add_argument("--seed", type=whole(0, 10**5), default=0, help="of training or collection")
-    what.add_argument("--seeds", type=whole(1), default=3,
+    what.add_argument("--seed", type=number(int, 0, 10**5), default=0,
+                      help="of training or collection")
+    what.add_argument("--seeds", type=number(int, 1), default=3,
                       help="how many, from --seed on, with --objective all")
     backbone = parser.add_argument_group("backbone")
     backbone.add_argument("--backbone", default="tiny", help="tiny, or any model of open_clip")
     backbone.add_argument("--pretrained", help="open_clip tag, checkpoint file, or 'none' for "
                           "random weights; not given, tiny takes its own from data/")
-    backbone.add_argument("--lora", type=whole(0, 1024), default=0, metavar="RANK",
+    backbone.add_argument("--lora", type=number(int, 0, 1024), default=0, metavar="RANK",
                           help="train low-rank adapters of this rank; 0 trains every weight")
     training = parser.add_argument_group("training")
     training.add_argument("--data", type=Path, default=DATA / "metaworld.npz", help="data set")
     training.add_argument("--instructions", type=Path, default=DATA / "instructions.json",
                           help="the sentences of its tasks")
-    training.add_argument("--steps", type=whole(1), default=120, help="optimiser steps")
-    training.add_argument("--batch", type=whole(1), default=40, help="videos, 5 frames each")
+    training.add_argument("--steps", type=number(int, 1), default=120, help="optimiser steps")
+    training.add_argument("--batch", type=number(int, 1), default=40, help="videos, 5 frames each")
     training.add_argument("--setting", choices=("tuned", "faithful"), default="tuned",
                           help="constants chosen on validation episodes, or the official ones")
-    training.add_argument("--learning-rate", type=positive,
+    training.add_argument("--learning-rate", type=number(float, 1e-9, 10),
                           help="peak, AdamW; not given, that of the setting")
     training.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
                           help="auto takes the first there is")
@@ -177,8 +164,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--name", type=plain_name, help="of the run's own folder; not given, "
                           "objective and seed, or study")
     reward = parser.add_argument_group("reward of goal-baseline")
-    reward.add_argument("--alpha", type=share, default=0.5, help="0 is the cosine, 1 the direction "
-                        "from baseline to goal alone")
+    reward.add_argument("--alpha", type=number(float, 0, 1), default=0.5,
+                        help="0 is the cosine, 1 the direction from baseline to goal alone")
     reward.add_argument("--baseline", default="a robot arm over a table", help="the scene before")
     use = parser.add_argument_group("use (with --score)")
     use.add_argument("--instruction", help="what the video should show")
@@ -187,13 +174,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     collection = parser.add_argument_group("collection (with --collect)")
     collection.add_argument("--tasks", nargs="+", default=[], metavar="TASK",
                             help="such as drawer-open-v3; none means all 50")
-    collection.add_argument("--expert", type=whole(1, 1000), default=14, help="experts per task")
-    collection.add_argument("--mixed", type=whole(0, 1000), default=6,
+    collection.add_argument("--expert", type=number(int, 1, 1000), default=14,
+                            help="experts per task")
+    collection.add_argument("--mixed", type=number(int, 0, 1000), default=6,
                             help="mixed episodes per task")
-    collection.add_argument("--frames", type=whole(5), default=24, help="frames per episode")
-    collection.add_argument("--size", type=whole(8), default=96, help="pixels, width and height")
+    collection.add_argument("--frames", type=number(int, 5), default=24, help="frames per episode")
+    collection.add_argument("--size", type=number(int, 8), default=96, help="pixels, square")
     collection.add_argument("--output", type=Path, default=Path("collected.npz"), help="data set")
-    collection.add_argument("--workers", type=whole(1), default=os.cpu_count(), help="processes")
+    collection.add_argument("--workers", type=number(int, 1), default=os.cpu_count(),
+                            help="processes")
     args = parser.parse_args(argv)
     refuse_idle_options(parser, args)
     return args
