@@ -7,7 +7,7 @@ vectors, and their cosine is the reward. What it is worth depends on the objecti
 with, and that is what this file compares, after "Revisiting the learning objectives of
 vision-language reward models" (arXiv 2512.20675): same backbone, same videos, same evaluation.
 
-    python vlmrm.py --objective triplet     train, test, draw: 44 seconds on two CPU cores
+    python vlmrm.py --objective triplet     train, test, draw: 43 seconds on two CPU cores
     python vlmrm.py --score clip.mp4 --instruction "open the drawer"        use what was trained
     python vlmrm.py --objective all --seeds 3                               the study
     python vlmrm.py --collect --tasks reach-v3 push-v3 --output two.npz     make your own videos
@@ -50,6 +50,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -196,9 +197,13 @@ def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespac
               "resume": {"device"}}
     mode = next((mode for mode in obeyed if getattr(args, mode)), "training")
     idle = set(vars(args)) - obeyed.get(mode, set(vars(args)) - use - collection) - {mode}
+    if args.objective != "all":
+        idle |= {"seeds"} | ({"alpha", "baseline"} if args.objective != "goal-baseline" else set())
+    if args.tune:
+        idle |= {"learning_rate", "setting"}
     for option in sorted(idle):
         if getattr(args, option) != parser.get_default(option):
-            parser.error(f"--{option.replace('_', '-')} has no effect on {mode}")
+            parser.error(f"--{option.replace('_', '-')} has no effect here")
 
 
 if __name__ == "__main__":
@@ -251,9 +256,12 @@ def load_instructions(path: Path) -> dict[str, dict]:
     """
     try:
         sentences = json.loads(path.read_text(encoding="utf-8"))
+        if not sentences:
+            raise ValueError("there is no task in it")
         for task, entry in sentences.items():
             texts = [entry["instruction"], *entry["paraphrases"]]
-            if len(texts) != 4 or not all(isinstance(text, str) and text.strip() for text in texts):
+            if len(texts) != 4 or isinstance(entry["paraphrases"], str) or not all(
+                    isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError(f"{task} needs one instruction and three paraphrases")
             if entry.get("opposite", task) not in sentences:
                 raise ValueError(f"the opposite of {task} is no task")
@@ -307,8 +315,6 @@ def open_task(task: str, size: int):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as environments
         from metaworld.policies import ENV_POLICY_MAP as policies
 
-        if task not in policies:
-            raise unknown("task", task, list(policies))
         env = environments[task + "-goal-observable"](seed=0)
         env.model.vis.quality.offsamples = 0  # multisampling; read when the renderer is made
         env.model.vis.global_.offwidth = env.model.vis.global_.offheight = size
@@ -317,8 +323,8 @@ def open_task(task: str, size: int):
         raise InputError(
             f"--collect needs {problem.name}, which supports Python 3.10 to 3.13: "
             "pip install -r requirements.txt") from None
-    except InputError:
-        raise
+    except KeyError:
+        raise unknown("task", task, list(policies)) from None
     except Exception as problem:  # graphics libraries fail in many ways
         raise InputError(
             "cannot render: no OpenGL library answered. On Debian or Ubuntu run 'apt-get install "
@@ -422,19 +428,24 @@ def collect(args: argparse.Namespace) -> None:
                          "strip: their product may be 16383 at most")
     if args.output.exists():
         raise InputError(f"{args.output} exists: choose another --output, or remove it")
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail now, not when all is rendered
     jobs = [{"task": task, "expert": args.expert, "mixed": args.mixed, "frames": args.frames,
              "size": args.size, "seed": args.seed} for task in args.tasks or known]
     episodes = []
     context = multiprocessing.get_context("spawn")  # a forked process inherits a broken GL state
     heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for us, not for the workers
     with context.Pool(min(args.workers, len(jobs))) as pool, \
-            progress_bar(total=len(jobs), desc="collecting", unit="task") as bar:
+            progress_bar(jobs, desc="collecting", unit="task") as bar:
         signal.signal(signal.SIGINT, heed)
-        for found in pool.imap(collect_task, jobs):
+        workers, results = multiprocessing.active_children(), pool.imap(collect_task, jobs)
+        for _ in bar:
+            while (found := next_result(results)) is None:
+                if any(worker.exitcode is not None for worker in workers):
+                    raise InputError("a worker died, perhaps for want of memory: take fewer "
+                                     "--workers")
             episodes += found
             bar.set_postfix(episodes=len(episodes), refresh=False,
                             end_in_success=sum(episode["success"][-1] for episode in episodes))
-            bar.update()
     write_dataset(args.output, episodes)
     print(f"wrote {len(episodes)} episodes of {len(jobs)} tasks to {args.output} "
           f"({args.output.stat().st_size / 1e6:.1f} MB)")
@@ -443,13 +454,21 @@ def collect(args: argparse.Namespace) -> None:
 EPISODE = ("task", "split", "source", "seed", "rewards", "success", "steps")  # and its strip
 
 
+def next_result(results) -> list[dict] | None:
+    """What the next job of a pool returns, or None if it takes more than a second."""
+    try:
+        return results.next(timeout=1)
+    except multiprocessing.TimeoutError:
+        return None
+
+
 def write_dataset(path: Path, episodes: list[dict]) -> None:
     """Write the episodes as one plain npz: an array per field, the WebP strips end to end."""
     fields = {name: np.array([episode[name] for episode in episodes]) for name in EPISODE}
-    fields["steps"] = np.int16(fields["steps"])
+    fields["steps"] = fields["steps"].astype(
+        np.int16 if fields["steps"].max(initial=0) < 2**15 else np.int32)
     fields["offsets"] = np.cumsum([0] + [len(episode["strip"]) for episode in episodes])
     fields["strips"] = np.frombuffer(b"".join(episode["strip"] for episode in episodes), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **fields)  # uncompressed: Dataset reads single episodes from the middle
 
@@ -491,8 +510,7 @@ class Dataset:
         except FileNotFoundError:
             raise InputError(f"no data set at {path}: make one with --collect "
                              f"--output {path}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError,
-                NotImplementedError, zipfile.BadZipFile, zlib.error) as problem:
+        except Exception as problem:  # damage surfaces in zip, numpy, Python's tokenizer or WebP
             raise InputError(f"{path} is not a data set of this program: "
                              f"{first_line(problem, 150)}") from None
         # Unpacking an episode takes 2 ms, so those that frames() gave last stay unpacked, up to 256
@@ -653,13 +671,22 @@ class RewardModel(nn.Module):
         """M sentences -> unit vectors (M, D), float32."""
         return self.encode(self.clip.encode_text, self.tokenizer(sentences).to(self.mean.device))
 
+    def check_length(self, sentences: list[str]) -> None:
+        """Raise InputError if a sentence is longer than the backbone reads: CLIP's tokenizer cuts
+        it without a word. (Others do not tell.)"""
+        limit = self.clip.context_length - 2  # without the marks of start and end
+        for sentence in sentences if hasattr(self.tokenizer, "encode") else ():
+            if (n := len(self.tokenizer.encode(sentence))) > limit:
+                raise InputError(f"{sentence[:40]!r} has {n} word pieces, and this backbone reads "
+                                 f"{limit}: shorten it")
+
     @torch.inference_mode()
     def score(self, frames: np.ndarray, instruction: str) -> np.ndarray:
         """Rewards of uint8 frames (N, H, W, 3) of any size, for one sentence: float32 (N,).
 
         The reward is the cosine of frame and sentence, in [-1, 1]: compare frames under one
         sentence, not sentences under one frame. Raises InputError for other frames, and for a
-        sentence that is empty or longer than the backbone reads (of tokenizers that tell: CLIP's).
+        sentence that is empty or longer than the backbone reads.
         """
         frames = np.ascontiguousarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
@@ -667,11 +694,7 @@ class RewardModel(nn.Module):
                              f"are {frames.dtype} {frames.shape}")
         if not isinstance(instruction, str) or not instruction.strip():
             raise InputError("the instruction must be one sentence, and not empty")
-        limit = self.clip.context_length
-        if hasattr(self.tokenizer, "encode"):  # CLIP's; it cuts what is too long without a word
-            if (n := len(self.tokenizer.encode(instruction))) > limit - 2:
-                raise InputError(f"the instruction has {n} word pieces, and this backbone reads "
-                                 f"{limit - 2}: shorten it")
+        self.check_length([instruction])
         text = self.embed_texts([instruction])[0]  # (D,)
         parts = [self.embed_frames(torch.tensor(frames[i:i + 256])) @ text
                  for i in range(0, len(frames), 256)]
@@ -1282,6 +1305,7 @@ def to_device(model: RewardModel, device: torch.device) -> RewardModel:
 def training_episodes(data: Dataset, batch: int) -> dict[str, np.ndarray]:
     """The episodes to train on, {task: indices}. Raises InputError if a batch needs more tasks."""
     train_set = data.select(split="train", source="expert")
+    train_set = train_set[~np.isin(data.task[train_set], UNSEEN_TASKS)]
     tasks = np.unique(data.task[train_set])
     if batch > len(tasks):
         raise InputError(f"--batch {batch} needs as many tasks to train on, and {data.path} has "
@@ -1377,7 +1401,7 @@ def check_gradient(step: int, loss: float, norm: float) -> None:
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer, log: list[dict]) -> None:
-    """Write all that the next step depends on, whole or not at all."""
+    """Write all that the next step depends on (on a CPU), whole or not at all."""
     tensors = {f"model.{name}": state for name, state in unfrozen(model).items()}
     for i, states in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": state for name, state in states.items()}
@@ -1696,7 +1720,6 @@ SETTINGS = ("objective", "setting", "seed", "backbone", "pretrained", "lora", "s
 def configuration(args: argparse.Namespace) -> dict:
     """All that decides the outcome of a run, versions and machine apart, as far as it is here: what
     a hub keeps under a tag may change."""
-    weights = Path(args.pretrained or DATA / "tiny.safetensors")  # or a tag, which is no file
     learning_rate, constants = LEARNING_RATE, {}
     if args.setting == "tuned":
         learning_rate, constants = TUNED.get(args.objective, (learning_rate, constants))
@@ -1704,7 +1727,7 @@ def configuration(args: argparse.Namespace) -> dict:
         "learning_rate": args.learning_rate or learning_rate, "constants": constants,
         "data_sha256": checksum(args.data),
         "instructions_sha256": checksum(args.instructions),
-        "weights_sha256": checksum(weights) if weights.is_file() else None}
+        "weights_sha256": weights_checksum(args.pretrained)}
 
 
 def checksum(path: Path) -> str:
@@ -1714,6 +1737,12 @@ def checksum(path: Path) -> str:
         while some := file.read(2**24):  # it may be larger than memory
             digest.update(some)
     return digest.hexdigest()
+
+
+def weights_checksum(pretrained: str | None) -> str | None:
+    """SHA-256 of the weights that a run starts from; None for a tag, which is no file here."""
+    path = Path(pretrained or DATA / "tiny.safetensors")
+    return checksum(path) if path.is_file() else None
 
 
 def prepare_model(args: argparse.Namespace) -> RewardModel:
@@ -1740,11 +1769,6 @@ def own_reward_of(args: argparse.Namespace, model: RewardModel):
         "clock": lambda frames, text: torch.arange(frames.shape[1]).repeat(len(frames), 1),
         "moved": lambda frames, text: -negative_distance(frames, frames[:, :1]),
     }.get(args.objective)
-
-
-def loss_of(objective: str, constants: dict):
-    """The loss of an objective, with constants in place of those of its signature."""
-    return functools.partial(OBJECTIVES[objective], **constants)
 
 
 @functools.cache
@@ -1793,8 +1817,8 @@ def refuse_other_settings(folder: Path, config: dict) -> None:
 def locked(folder: Path):
     """Keep other processes out of a run's folder. Raises InputError when one is in there.
 
-    The system lets go of the lock when its owner dies, however it dies. A folder that was made for
-    what then turns out to be impossible is removed again.
+    The system lets go of the lock when its owner dies, however it dies. A new folder is removed
+    again if what it was made for cannot even begin.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -1803,7 +1827,7 @@ def locked(folder: Path):
             try:
                 yield
             except InputError:
-                if new:
+                if new and not (folder / "checkpoint.safetensors").exists():
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             with contextlib.suppress(OSError):  # Windows does not remove what is open
@@ -1823,9 +1847,11 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
     config = configuration(args)
     if (folder / "config.json").exists():
         refuse_other_settings(folder, config)
-    if OBJECTIVES[args.objective]:
+    if loss := OBJECTIVES[args.objective]:
         training_episodes(data, args.batch)  # refuses what cannot be, before there is a folder
     model = prepare_model(args)
+    for entry in sentences.values():
+        model.check_length([entry["instruction"], *entry["paraphrases"]])
     with locked(folder):
         write_json(folder / "config.json", config | {
             "data": str(args.data), "instructions": str(args.instructions),
@@ -1833,15 +1859,14 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
             "open_clip": open_clip.__version__, "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}"})
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        trained *= OBJECTIVES[args.objective] is not None
+        trained *= loss is not None
         print(f"{args.objective} on {args.backbone}, {trained / 1e6:.1f} M weights to train, "
               f"{model.mean.device}{', bfloat16' if model.low_precision else ''}; {data.E} "
               f"episodes of {len(np.unique(data.task))} tasks from {data.path}", flush=True)
-        log = train(model, data, sentences, loss_of(args.objective, config["constants"]),
+        log = train(model, data, sentences, functools.partial(loss, **config["constants"]),
                     steps=args.steps, batch=args.batch, learning_rate=config["learning_rate"],
                     seed=args.seed, oracle=args.objective in ORACLES,
-                    checkpoint=folder / "checkpoint.safetensors",
-                    ) if OBJECTIVES[args.objective] else []
+                    checkpoint=folder / "checkpoint.safetensors") if loss else []
         report = evaluate(model, data, sentences, own_reward_of(args, model))
         save_weights(model, folder / "model.safetensors")
         with whole_file(folder / "curves.png") as unfinished:
@@ -1888,7 +1913,8 @@ def run_once(args: argparse.Namespace) -> None:
     if args.resume:
         folder, args = args.resume, settings_in(args.resume, args)
     elif args.name:
-        if (folder := args.runs / args.name).exists():
+        folder = args.runs / args.name
+        if folder.exists() and {path.name for path in folder.iterdir()} - {"lock"}:
             raise InputError(f"{folder} exists: choose another --name, remove it, or go on with "
                              f"it: --resume {folder}")
     else:
@@ -1900,8 +1926,8 @@ def run_once(args: argparse.Namespace) -> None:
     try:
         report = run(args, data, sentences, started, folder)
     except KeyboardInterrupt:
-        again = (f"python vlmrm.py --resume {folder}" if __name__ == "__main__"
-                 else f'vlmrm.main(["--resume", "{folder}"])')
+        again = (f"python vlmrm.py --resume {shlex.quote(str(folder))}" if __name__ == "__main__"
+                 else f'vlmrm.main(["--resume", {str(folder)!r}])')
         raise KeyboardInterrupt(f"; go on with: {again}" if folder.exists() else "") from None
     print(companion("report").format_report(report))
     print(f"{report['wall_seconds']:.0f} s in all. Weights, metrics and pictures are in {folder}; "
@@ -1926,6 +1952,8 @@ def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
     config = read_config(Path(run_dir))
     backbone, pretrained, lora = config["backbone"], config["pretrained"], config["lora"]
     if lora:
+        if config.get("weights_sha256") != weights_checksum(pretrained):
+            raise InputError(f"{run_dir} adapts other weights than there are now at {pretrained}")
         model = build_backbone(backbone, pretrained)
         add_lora(model, lora)
     else:
@@ -1993,5 +2021,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # there are terminals without ± and ↓
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -85,9 +85,14 @@ def film_strip(frames: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate(list(framed), axis=1)
 
 
+def quoted(sentence: str) -> str:
+    """A sentence as a title: what is between two $ is no formula."""
+    return "“" + sentence.replace("$", r"\$") + "”"
+
+
 def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, path: Path) -> None:
     """Film strips of a few test episodes; beneath each the model's reward and the simulator's."""
-    positions = choose_episodes(data, report["episodes"]) or [0]
+    positions = choose_episodes(data, report["episodes"])
     figure = Figure(figsize=(14, 3.7 * math.ceil(len(positions) / 2) + 0.5))
     figure.suptitle(title, x=0.04, y=0.985, ha="left", fontsize=15, fontweight="bold")
     grid = figure.add_gridspec(math.ceil(len(positions) / 2), 2, hspace=0.3, wspace=0.09,
@@ -101,7 +106,7 @@ def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, 
         strip.imshow(film_strip(data.frames(episode), 8), aspect="auto")
         strip.set_axis_off()
         expert = data.source[episode] == "expert"
-        strip.set_title(f"“{sentences[task]['instruction']}”", loc="left", fontweight="bold")
+        strip.set_title(quoted(sentences[task]["instruction"]), loc="left", fontweight="bold")
         strip.set_title(("expert" if expert else "failed attempt") + (
             ", task never trained on" if task in vlmrm.UNSEEN_TASKS else ""),
             loc="right", fontsize=10)
@@ -133,7 +138,7 @@ def draw_video(frames: np.ndarray, rewards: np.ndarray, instruction: str, path: 
     strip, curve = figure.subplots(2, 1, height_ratios=[1, 2])
     strip.imshow(film_strip(frames, min(8, len(frames))))
     strip.set_axis_off()
-    strip.set_title(f"“{instruction}”", loc="left", fontweight="bold", wrap=True)
+    strip.set_title(quoted(instruction), loc="left", fontweight="bold", wrap=True)
     curve.plot(rewards, color=UNSEEN, lw=2, marker="o", ms=3)
     curve.set_xlabel("frame")
     curve.set_ylabel("reward: cos(frame, sentence)")
@@ -346,7 +351,7 @@ def draw_comparison(runs, shown, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_episode(shown, rewards, data, path: Path) -> None:
+def draw_episode(shown, rewards, data, sentences: dict, path: Path) -> None:
     """One expert at an unseen task, and the reward over time under every objective."""
     test = next(iter(rewards.values()))["episodes"]
     position = choose_episodes(data, test)[1]  # an expert at an unseen task
@@ -358,9 +363,8 @@ def draw_episode(shown, rewards, data, path: Path) -> None:
     strip = figure.add_subplot(grid[0, :])
     strip.imshow(film_strip(data.frames(test[position]), 10))
     strip.set_axis_off()
-    sentence = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")[task]["instruction"]
-    strip.set_title(f"“{sentence}”: an expert at a task never trained on", loc="left",
-                    fontweight="bold")
+    strip.set_title(f"{quoted(sentences[task]['instruction'])}: an expert at a task never trained "
+                    "on", loc="left", fontweight="bold")
     for k, name in enumerate(shown):
         axis = figure.add_subplot(grid[1 + k // columns, k % columns])
         values = rewards[name].get("own_values", rewards[name]["values"])[position].astype(float)
@@ -405,10 +409,9 @@ def draw_heat_map(runs, shown, path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def draw_confusion(runs, shown, rewards, data, path: Path) -> None:
+def draw_confusion(runs, shown, rewards, data, sentences: list[str], path: Path) -> None:
     """Which of all sentences each task's last expert frames prefer."""
     names = [name for name in ("zeroshot", "triplet", "decisionnce-p", "vlc") if name in shown]
-    sentences = list(vlmrm.load_instructions(vlmrm.DATA / "instructions.json"))
     order = np.array(sorted(range(len(sentences)),
                             key=lambda k: (sentences[k] in vlmrm.UNSEEN_TASKS, sentences[k])))
     figure = Figure(figsize=(14, 4.4), layout="constrained")
@@ -630,13 +633,18 @@ def draw_growth(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_all(root: Path, data) -> None:
+def draw_all(root: Path, data, sentences: dict) -> None:
+    """All pictures of the results in a folder."""
     runs, shown, rewards = load(root)
     draw_comparison(runs, shown, root / "comparison.png")
-    draw_episode(shown, rewards, data, root / "episode.png")
+    draw_episode(shown, rewards, data, sentences, root / "episode.png")
     draw_heat_map(runs, shown, root / "heatmap.png")
-    draw_confusion(runs, shown, rewards, data, root / "confusion.png")
+    draw_confusion(runs, shown, rewards, data, list(sentences), root / "confusion.png")
     draw_looks(vlmrm.Dataset(vlmrm.DATA / "metaworld.npz"), root / "looks.png")
+    if "triplet" in rewards:
+        draw_curves({"episodes": rewards["triplet"]["episodes"],
+                     "values": {"": rewards["triplet"]["values"]}}, data, sentences,
+                    "triplet: rewards of test episodes over time", root / "curves.png")
     if (root / "benchmark.json").exists():
         draw_growth(json.loads((root / "benchmark.json").read_text()), root / "growth.png")
     for path in root.glob("ensemble-*.json"):
@@ -666,6 +674,6 @@ def fill(readme: str, root: Path) -> str:
 
 
 if __name__ == "__main__":
-    draw_all(HERE / "results", vlmrm.Dataset(vlmrm.DATA / "metaworld.npz"))
+    draw_all(HERE / "results", *vlmrm.load_data(vlmrm.parse_arguments([])))
     readme = HERE.parent / "README.md"
     readme.write_text(fill(readme.read_text(encoding="utf-8"), HERE / "results"), encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 import vlmrm
 
@@ -29,7 +29,8 @@ def pictures_in(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         with Image.open(path) as picture:
             for k in range(getattr(picture, "n_frames", 1)):
                 picture.seek(k)
-                yield path.name, np.asarray(picture.convert("RGB"))  # grey, transparent ones too
+                upright = ImageOps.exif_transpose(picture)  # phones turn pictures by a remark
+                yield path.name, np.asarray(upright.convert("RGB"))  # grey, transparent ones too
     else:
         for frame in imageio.imiter(path, plugin="FFMPEG"):
             yield path.name, frame
@@ -73,14 +74,16 @@ def main(args: argparse.Namespace) -> None:
     if objective != "zeroshot" and vlmrm.OBJECTIVES.get(objective, True) is None:
         raise vlmrm.InputError(f"{objective} is a control with a reward of its own, no model")
     model = vlmrm.load_reward_model(args.model, args.device)
-    rewards, thumbnails, files, frames = [], [], [], read_frames(args.score)
+    rewards, thumbnails, files, every, frames = [], [], [], 1, read_frames(args.score)
     for some in iter(lambda: list(itertools.islice(frames, 32)), []):
         rewards += model.score(np.stack([frame for _, frame in some]), args.instruction).tolist()
         for file, frame in some:
-            small = Image.fromarray(frame)
-            small.thumbnail((160, 160))
-            thumbnails.append(np.asarray(small))
+            if len(files) % every == 0:
+                thumbnails.append(Image.fromarray(frame))
+                thumbnails[-1].thumbnail((160, 160))
             files.append(file)
+        if len(thumbnails) > 100:  # a few are drawn, and a film may be long: keep every second
+            thumbnails, every = thumbnails[::2], 2 * every
     print("frame  reward")
     for number, (reward, file) in enumerate(zip(rewards, files)):
         print(f"{number:5}  {reward:.4f}  {file if args.score.is_dir() else ''}".rstrip())

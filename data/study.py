@@ -47,8 +47,9 @@ GRID = {
 
 def finish(args: argparse.Namespace, data, sentences: dict, jobs: list) -> list[Path]:
     """Do the runs that are missing. jobs: (objective, setting, seed). Returns their folders."""
-    if len({vlmrm.group_of(task) for task in data.task[data.select(split="test")]}) < 2:
-        raise InputError(f"{data.path} has no test episodes of unseen tasks, or of seen ones: a "
+    experts = data.select(split="test", source="expert")
+    if len({vlmrm.group_of(task) for task in data.task[experts]}) < 2:
+        raise InputError(f"{data.path} has no test experts of unseen tasks, or of seen ones: a "
                          "comparison needs both")
     folders = []
     for objective, setting, seed in jobs:
@@ -80,11 +81,14 @@ def validation_by_goal_images(model, data) -> float:
 def tune(args: argparse.Namespace, data, sentences: dict) -> None:
     """Four settings of each objective, judged by VOC on the validation experts of the seen tasks.
     Who knows no sentence is judged by its VOC under goal images."""
+    if not len(data.select(split="validation", source="expert")):
+        raise InputError(f"{data.path} has no validation experts: collect 14 per task")
     path = args.runs / (args.name or "study") / "tuning.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
     settings = {key: value for key, value in vlmrm.configuration(args).items() if key in (
-        "seed", "backbone", "pretrained", "lora", "steps", "batch", "data_sha256")}
+        "seed", "backbone", "pretrained", "lora", "steps", "batch", "data_sha256",
+        "instructions_sha256", "weights_sha256")}
     if found.setdefault("settings", settings) != settings:
         raise InputError(f"{path} was made with other settings: choose another --name, or remove "
                          "it")
@@ -95,9 +99,10 @@ def tune(args: argparse.Namespace, data, sentences: dict) -> None:
         scores = found.setdefault(objective, {})
         if key not in scores:
             model = vlmrm.prepare_model(args)
-            vlmrm.train(model, data, sentences, vlmrm.loss_of(objective, {constant: value}),
-                        steps=args.steps, batch=args.batch, learning_rate=learning_rate,
-                        seed=args.seed, oracle=objective in vlmrm.ORACLES)
+            loss = functools.partial(vlmrm.OBJECTIVES[objective], **{constant: value})
+            vlmrm.train(model, data, sentences, loss, steps=args.steps, batch=args.batch,
+                        learning_rate=learning_rate, seed=args.seed,
+                        oracle=objective in vlmrm.ORACLES)
             scores[key] = round(
                 validation_by_goal_images(model, data) if objective in vlmrm.LANGUAGE_FREE
                 else vlmrm.validation_voc(model, data, sentences, every=1), 4)
@@ -119,7 +124,8 @@ def study(args: argparse.Namespace, data, sentences: dict) -> None:
     """Compare all objectives over several seeds: tables, and pictures. Where the tuned setting
     differs from the faithful one, the latter is run too."""
     differs = {objective for objective, tuned in vlmrm.TUNED.items()
-               if tuned != (LEARNING_RATES[0], {GRID[objective][0]: GRID[objective][1][0]})}
+               if objective not in GRID
+               or tuned != (LEARNING_RATES[0], {GRID[objective][0]: GRID[objective][1][0]})}
     jobs = [(objective, setting, args.seed + k)
             for k in range(args.seeds) for objective, loss in vlmrm.OBJECTIVES.items()
             for setting in (("tuned", "faithful") if objective in differs else ("faithful",))
@@ -128,9 +134,9 @@ def study(args: argparse.Namespace, data, sentences: dict) -> None:
     root = folders[0].parent
     gather(folders, args.seed, root)
     report = vlmrm.companion("report")
-    report.draw_all(root, data)
     tables = "\n\n".join(report.tables(root).values())
     (root / "tables.md").write_text(tables + "\n", encoding="utf-8")
+    report.draw_all(root, data, sentences)
     print(f"{tables}\nresults, tables and figures are in {root}")
 
 
