@@ -839,6 +839,16 @@ def test_frames_survive_packing(tmp_path):
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
 
+@pytest.mark.parametrize("episodes, says", [
+    ([], "no episodes"), ([{"task": "reach-v3"}], "split"),
+    ([toy_episode("reach-v3", 0) | {"split": "test"},
+      toy_episode("reach-v3", 0, T=11) | {"split": "test"}], "not alike")])
+def test_episodes_that_make_no_data_set(tmp_path, episodes, says):
+    with pytest.raises(vlmrm.InputError, match=says):
+        vlmrm.write_dataset(tmp_path / "x.npz", episodes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_batch_is_ordered_distinct_and_from_different_tasks():
     episodes = {task: np.arange(10 * k, 10 * k + 5) for k, task in enumerate(COLORS)}
     for seed in range(50):
@@ -1286,7 +1296,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, monkeypatch, c
     assert program("--name", "stopped", *options) == 130
     monkeypatch.setattr(vlmrm, "save_checkpoint", save)
     folder = tmp_path / "stopped"
-    assert f'go on with: vlmrm.main(["--resume", "{folder}"])' in capsys.readouterr().err
+    assert f'go on with: vlmrm.main(["--resume", {str(folder)!r}])' in capsys.readouterr().err
     assert not (folder / "metrics.json").exists()
     assert vlmrm.main(["--resume", str(folder)]) == 0
     bar = capsys.readouterr().err
@@ -1408,7 +1418,7 @@ def test_score_a_video(finished, toy, tmp_path, capsys, suffix):
                        str(finished[0]), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
     single = suffix == ".png"  # nothing to compare it with
-    rewards = [float(line.split()[1]) for line in (printed[1:] if single else printed[1:-1])]
+    rewards = [float(line.split()[1]) for line in printed[1:-1]]
     assert len(rewards) == (1 if single else 10) and ("best frame" in printed[-1]) != single
     model = vlmrm.load_reward_model(finished[0], device="cpu")
     files, frames = zip(*vlmrm.companion("score").read_frames(path))
@@ -1620,7 +1630,7 @@ def test_study_and_ensemble(small_study, tmp_path, capsys):
     assert "was made with other settings or data (batch)" in capsys.readouterr().err
 
 
-def test_tune_tries_four_settings_and_remembers_them(small_study, tmp_path, monkeypatch, capsys):
+def test_tune_tries_four_settings_and_keeps_them(small_study, tmp_path, monkeypatch, capsys):
     for done_before in (False, True):
         assert small_study("--tune", "--objective", "triplet") == 0
         assert ("training" in capsys.readouterr().err) != done_before
@@ -1631,8 +1641,8 @@ def test_tune_tries_four_settings_and_remembers_them(small_study, tmp_path, monk
         assert list(scores)[3] == best.replace("0.002", "0.0005")
     assert small_study("--tune", "--objective", "triplet", "--seed", "1") == 2
     assert "was made with other settings" in capsys.readouterr().err
-    monkeypatch.setattr(vlmrm.Dataset, "select", lambda self, **wanted: np.array([], int) if wanted[
-        "split"] == "validation" else np.arange(self.E))
+    monkeypatch.setattr(vlmrm.Dataset, "select", lambda self, **wanted: np.arange(
+        self.E if wanted["split"] == "test" else 0))
     assert small_study("--tune", "--objective", "triplet") == 2
     assert "no validation experts" in capsys.readouterr().err
     assert small_study("--tune", "--objective", "zeroshot") == 2
@@ -1853,7 +1863,7 @@ def test_readme_snippets_run(toy, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(vlmrm, "OBJECTIVES", dict(vlmrm.OBJECTIVES))
     main, statuses = vlmrm.main, []
     monkeypatch.setattr(vlmrm, "main", lambda arguments: statuses.append(main([
-        *arguments, "--data", str(toy.path), "--steps", "1", "--batch", "3"])))
+        *arguments, "--data", str(toy.path), "--steps", "1", "--batch", "3"])))  # None: exit code 0
     (tmp_path / "films").mkdir()
     for k in range(5):
         imageio.imwrite(tmp_path / "films" / f"{k}.mp4", np.stack(
@@ -1864,6 +1874,8 @@ def test_readme_snippets_run(toy, finished, tmp_path, monkeypatch):
         names = {}
         try:
             exec(compile(snippet, "README.md", "exec"), names)
+        except SystemExit as end:
+            assert end.code is None
         except vlmrm.InputError as problem:
             if "cannot render" not in str(problem) and "metaworld" not in str(problem):
                 raise
@@ -1917,6 +1929,11 @@ def test_readme_and_header_show_the_saved_results():
             line += f" By goal images {found['unseen', 'goal_voc']:.2f} unseen."
         if not name.endswith(("-text", "-oracle")):
             assert line in " ".join(loss.__doc__.split()), f"{name} should say {line}"
+    first = runs["triplet", shown["triplet"]][0]
+    figures = [first[group][metric]["value"] for metric in ("voc", "ranking_accuracy_within")
+               for group in ("seen", "unseen")]
+    assert first["seed"] == 0
+    assert "VOC {:.2f} and {:.2f}, ranking accuracy {:.2f} and {:.2f}".format(*figures) in README
     timing = json.loads((HERE / "data" / "results" / "benchmark.json").read_text())["default"]
     seconds = f"{np.median(timing['wall_seconds']):.0f} seconds"
     assert seconds in README and seconds in vlmrm.__doc__

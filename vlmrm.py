@@ -268,7 +268,9 @@ def load_instructions(path: Path) -> dict[str, dict]:
     except FileNotFoundError:
         raise InputError(f"no instructions at {path}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        raise InputError(f"cannot use the instructions in {path}: {problem!r}") from None
+        raise InputError(f"cannot use the instructions in {path}: {problem!r:.150}; each task "
+                         'needs {"instruction": "...", "paraphrases": ["...", "...", "..."]}'
+                         ) from None
     return sentences
 
 
@@ -327,9 +329,9 @@ def open_task(task: str, size: int):
         raise unknown("task", task, list(policies)) from None
     except Exception as problem:  # graphics libraries fail in many ways
         raise InputError(
-            "cannot render: no OpenGL library answered. On Debian or Ubuntu run 'apt-get install "
-            "libosmesa6'; with an NVIDIA GPU set MUJOCO_GL=egl "
-            f"({first_line(problem, 80)})") from None
+            f"cannot render ({first_line(problem, 80)}): most often for want of an OpenGL library. "
+            "On Debian or Ubuntu run 'apt-get install libosmesa6'; with an NVIDIA GPU set "
+            "MUJOCO_GL=egl") from None
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     return env, policies[task], renderer
@@ -463,13 +465,22 @@ def next_result(results) -> list[dict] | None:
 
 
 def write_dataset(path: Path, episodes: list[dict]) -> None:
-    """Write the episodes as one plain npz: an array per field, the WebP strips end to end."""
-    fields = {name: np.array([episode[name] for episode in episodes]) for name in EPISODE}
+    """Write the episodes as one plain npz: an array per field, the WebP strips end to end.
+
+    An episode is a dictionary, as collect_task() makes them: the fields of EPISODE and its "strip",
+    of encode_frames(). Raises InputError if there are none, or they are not alike.
+    """
+    try:
+        fields = {name: np.array([episode[name] for episode in episodes]) for name in EPISODE}
+    except (KeyError, ValueError) as problem:
+        raise InputError(f"the episodes are not whole, or not alike: {problem!r}") from None
+    if not episodes:
+        raise InputError(f"there are no episodes to write to {path}")
     fields["steps"] = fields["steps"].astype(
         np.int16 if fields["steps"].max(initial=0) < 2**15 else np.int32)
     fields["offsets"] = np.cumsum([0] + [len(episode["strip"]) for episode in episodes])
     fields["strips"] = np.frombuffer(b"".join(episode["strip"] for episode in episodes), np.uint8)
-    with whole_file(path) as unfinished, open(unfinished, "wb") as file:
+    with whole_file(Path(path)) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **fields)  # uncompressed: Dataset reads single episodes from the middle
 
 
@@ -1709,7 +1720,7 @@ def load_data(args: argparse.Namespace) -> tuple[Dataset, dict]:
         raise InputError(f"{args.data} has tasks without a sentence in {args.instructions}: "
                          + ", ".join(sorted(strangers)))
     if not len(data.select(split="test", source="expert")):
-        raise InputError(f"{args.data} has no experts to test on: collect 4 per task or more")
+        raise InputError(f"{args.data} has no experts to test on: it takes 4 of a task")
     return data, sentences
 
 
@@ -1880,9 +1891,9 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
                    "frames_per_second": round(5 * args.batch / np.median(
                        [entry["seconds"] for entry in log])) if log else None}
         write_json(folder / "metrics.json", {  # last: a folder that has it is whole
-            "objective": args.objective, "seed": args.seed, "log": log} | {
+            "objective": args.objective, "seed": args.seed} | {
             key: report[key] for key in ("wall_seconds", "frames_per_second", "seen", "unseen",
-                                         "tasks")})
+                                         "tasks")} | {"log": log})
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     return report
 
@@ -1929,9 +1940,12 @@ def run_once(args: argparse.Namespace) -> None:
         again = (f"python vlmrm.py --resume {shlex.quote(str(folder))}" if __name__ == "__main__"
                  else f'vlmrm.main(["--resume", {str(folder)!r}])')
         raise KeyboardInterrupt(f"; go on with: {again}" if folder.exists() else "") from None
-    print(companion("report").format_report(report))
+    print(companion("report").format_report(report, len(sentences)))
+    if OBJECTIVES[args.objective] and np.ptp(report["values"][""], axis=1).mean() < 0.02:
+        print("The reward hardly changes within an episode: it has collapsed, or was never "
+              "trained. A lower --learning-rate may help.")
     print(f"{report['wall_seconds']:.0f} s in all. Weights, metrics and pictures are in {folder}; "
-          f'use it with --score VIDEO --instruction "..." --model {folder}')
+          f'--score VIDEO --instruction "..." --model {folder} uses them')
 
 
 # -----------------------------------------------------------------------------
@@ -1952,7 +1966,7 @@ def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
     config = read_config(Path(run_dir))
     backbone, pretrained, lora = config["backbone"], config["pretrained"], config["lora"]
     if lora:
-        if config.get("weights_sha256") != weights_checksum(pretrained):
+        if config.get("weights_sha256", now := weights_checksum(pretrained)) != now:
             raise InputError(f"{run_dir} adapts other weights than there are now at {pretrained}")
         model = build_backbone(backbone, pretrained)
         add_lora(model, lora)

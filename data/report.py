@@ -24,7 +24,9 @@ import vlmrm  # noqa: E402  (it lies one folder up)
 SEEN, UNSEEN, GREY = "#30638e", "#c8384e", "0.55"
 
 
-METRICS = {  # the names in the table, and the value of a model that knows nothing
+METRICS = {  # the names in the table, and the value of a model that knows nothing (of 50 sentences)
+    "own_voc": ("VOC of its own reward", 0.0),
+    "own_ranking_accuracy_within": ("ranking within, its own reward", 0.5),
     "voc": ("VOC, expert episodes", 0.0),
     "voc_paraphrase": ("VOC under unseen paraphrases", 0.0),
     "ranking_accuracy_within": ("ranking accuracy, within", 0.5),
@@ -36,24 +38,26 @@ METRICS = {  # the names in the table, and the value of a model that knows nothi
     "antonym": ("VOC minus VOC of opposite", 0.0),
     "goal_voc": ("VOC by goal images", 0.0),
     "goal_ranking_accuracy_within": ("ranking within, by goal images", 0.5),
-    "own_voc": ("VOC of its own reward", 0.0),
-    "own_ranking_accuracy_within": ("ranking within, its own reward", 0.5),
 }
 
 
-def format_report(report: dict) -> str:
-    """The table for the terminal: every metric, seen and unseen, then best and worst tasks."""
+def format_report(report: dict, sentences: int) -> str:
+    """The table for the terminal: every metric, seen and unseen, then best and worst tasks. Of so
+    many sentences an instruction was to be retrieved."""
     lines = [f"{'':32}{'seen tasks':>22}{'unseen tasks':>22}{'chance':>8}"]
     for metric, (text, chance) in METRICS.items():
         if metric.startswith("own_") and metric not in report["unseen"] | report["seen"]:
             continue
+        if metric.startswith("retrieval"):
+            chance = min(1, 50 * chance / sentences)
         cells = ""
         for group in ("seen", "unseen"):
             found = report[group].get(metric)
             cells += "{:>22}".format("-" if found is None else "{:.2f} [{:.2f}, {:.2f}]".format(
                 found["value"], *found["interval"]))
         lines.append(f"{text:32}{cells}{chance:>8.2f}")
-    lines.append("intervals: 95 %, bootstrap over the test episodes of each task")
+    lines.append("intervals: 95 %, bootstrap over the test episodes of each task, for these tasks "
+                 "and this seed; -: there are no such episodes")
     for group in ("seen", "unseen"):
         ranked = sorted(((scores["voc"], task) for task, scores in report["tasks"].items()
                          if vlmrm.group_of(task) == group and "voc" in scores), reverse=True)
@@ -93,10 +97,12 @@ def quoted(sentence: str) -> str:
 def draw_curves(report: dict, data: vlmrm.Dataset, sentences: dict, title: str, path: Path) -> None:
     """Film strips of a few test episodes; beneath each the model's reward and the simulator's."""
     positions = choose_episodes(data, report["episodes"])
-    figure = Figure(figsize=(14, 3.7 * math.ceil(len(positions) / 2) + 0.5))
-    figure.suptitle(title, x=0.04, y=0.985, ha="left", fontsize=15, fontweight="bold")
-    grid = figure.add_gridspec(math.ceil(len(positions) / 2), 2, hspace=0.3, wspace=0.09,
-                               left=0.04, right=0.985, top=0.89, bottom=0.06)
+    rows, columns = math.ceil(len(positions) / 2), min(2, len(positions))
+    height = 3.7 * rows + 0.5
+    figure = Figure(figsize=(7 * columns, height))
+    figure.suptitle(title, x=0.04, y=1 - 0.12 / height, ha="left", fontsize=15, fontweight="bold")
+    grid = figure.add_gridspec(rows, columns, hspace=0.3, wspace=0.09, left=0.08 / columns,
+                               right=0.985, top=1 - 0.87 / height, bottom=0.47 / height)
     for panel, position in enumerate(positions):
         episode, values = report["episodes"][position], report["values"][""][position]
         task, steps, rewards = data.task[episode], data.steps[episode], data.rewards[episode]

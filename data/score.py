@@ -88,7 +88,8 @@ def main(args: argparse.Namespace) -> None:
     for number, (reward, file) in enumerate(zip(rewards, files)):
         print(f"{number:5}  {reward:.4f}  {file if args.score.is_dir() else ''}".rstrip())
     if len(rewards) == 1:
-        return  # nothing to compare it with
+        print("one frame: there is no curve to draw")
+        return
     video = args.score if args.score.name else args.score.resolve()  # "." has no name
     picture = video.with_name(video.name + "-rewards.png")
     with vlmrm.whole_file(picture) as unfinished:
