@@ -1031,6 +1031,22 @@ def test_tiny_tokenizer_is_clips_with_fewer_merges():
     assert full.decode(inner).strip() == "open the drawer"
 
 
+def test_a_thumbnail_in_place_of_the_vision_tower(frames, tmp_path):
+    """It sees the means of 8 x 8 blocks of the 96 x 96 pixels, and nothing else."""
+    torch.manual_seed(0)
+    model = vlmrm.build_backbone("thumbnail", None).eval()
+    large = frames.repeat(12, axis=1).repeat(12, axis=2)[:, :96, :96]
+    shuffled = large.reshape(-1, 12, 8, 12, 8, 3)[:, :, ::-1, :, ::-1].reshape(large.shape)
+    assert (large != shuffled).any()
+    rewards = model.score(large, "open the drawer")
+    assert model.score(shuffled, "open the drawer") == pytest.approx(rewards, abs=1e-5)
+    assert np.ptp(rewards) > 0.01
+    vlmrm.save_weights(model, tmp_path / "model.safetensors")
+    again = vlmrm.build_backbone("thumbnail", "none").eval()
+    vlmrm.load_weights(again, tmp_path / "model.safetensors")
+    assert (again.score(large, "open the drawer") == rewards).all()
+
+
 def test_score_is_the_cosine_and_does_not_depend_on_its_company(tiny, frames):
     rewards = tiny.eval().score(frames, "open the drawer")
     assert rewards.shape == (3,) and rewards.dtype == np.float32
@@ -1597,7 +1613,8 @@ def test_study_and_ensemble(small_study, tmp_path, capsys):
     results = json.loads((root / "results.json").read_text())
     made = {(run["objective"], run["config"]["setting"], run["seed"]) for run in results}
     assert {("triplet", "tuned", 1), ("triplet", "faithful", 0), ("zeroshot", "faithful", 0)} < made
-    assert len(results) == 1 + 2 * 3 + 2  # without training one seed; triplet in both settings
+    # Without training one seed; triplet in both settings; the control in place of the backbone.
+    assert len(results) == 1 + 2 * 3 + 2 + 2
     assert {path.name for path in root.glob("*.png")} == {
         "comparison.png", "episode.png", "heatmap.png", "confusion.png", "looks.png",
         "curves.png"}
@@ -1945,7 +1962,8 @@ def test_saved_results_are_of_this_code_and_data():
     for result in results:
         args = vlmrm.parse_arguments([
             "--objective", result["objective"], "--seed", str(result["seed"]),
-            "--setting", result["config"]["setting"]])
+            "--setting", result["config"]["setting"],
+            "--backbone", result["config"]["backbone"]])
         expected = json.loads(json.dumps(vlmrm.configuration(args)), parse_float=study.round_to_4)
         assert {key: result["config"][key] for key in expected} == expected
     trained = {(run["objective"], run["seed"]) for run in results if LOSSES.get(run["objective"])}

@@ -144,7 +144,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--seeds", type=number(int, 1), default=3,
                       help="how many, from --seed on, with --objective all")
     backbone = parser.add_argument_group("backbone")
-    backbone.add_argument("--backbone", default="tiny", help="tiny, or any model of open_clip")
+    backbone.add_argument("--backbone", default="tiny", help="tiny, thumbnail, or any of open_clip")
     backbone.add_argument("--pretrained", help="open_clip tag, checkpoint file, or 'none' for "
                           "random weights; not given, tiny takes its own from data/")
     backbone.add_argument("--lora", type=number(int, 0, 1024), default=0, metavar="RANK",
@@ -712,22 +712,40 @@ class RewardModel(nn.Module):
         return torch.cat(parts).cpu().numpy()
 
 
+class Thumbnail(nn.Module):
+    """A control in place of tiny's vision tower: one linear map of a 12 x 12 thumbnail.
+
+    What it can do takes no understanding of pictures: where things are in the picture is enough.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.image_size, self.image_mean, self.image_std = 96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        self.map = nn.Linear(3 * 12 * 12, TINY["embed_dim"])
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.map(F.adaptive_avg_pool2d(pixels, 12).flatten(1))  # (N, D)
+
+
 def build_backbone(name: str, pretrained: str | None) -> RewardModel:
-    """Build `tiny` or any open_clip model. `pretrained` is a tag, a checkpoint path or "none".
+    """Build `tiny`, `thumbnail` (tiny with a Thumbnail for an image tower) or any open_clip model.
+    `pretrained` is a tag, a checkpoint path or "none".
 
     Without it tiny gets its own weights, and any other model is refused: random weights are never a
     silent choice. Raises InputError for an unknown model or tag, or when weights cannot be had.
     """
-    if name == "tiny":
+    if name in ("tiny", "thumbnail"):
         clip, tokenizer = open_clip.CLIP(**TINY), tiny_tokenizer()
         clip.visual.image_mean = clip.visual.image_std = (0.5, 0.5, 0.5)
         model = RewardModel(clip, tokenizer)
         pretrained = pretrained or str(DATA / "tiny.safetensors")
         if pretrained != "none":
             load_weights(model, Path(pretrained))
+        if name == "thumbnail":
+            clip.visual = Thumbnail()
         return model
     if name not in open_clip.list_models():
-        raise unknown("backbone", name, ["tiny", *open_clip.list_models()])
+        raise unknown("backbone", name, ["tiny", "thumbnail", *open_clip.list_models()])
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or not (pretrained in ["none", *tags] or Path(pretrained).is_file()):
         given = f"has no weights {pretrained!r}" if pretrained else "needs --pretrained"

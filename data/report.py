@@ -244,7 +244,7 @@ def short_table(runs, shown) -> str:
     rows = []
     for name in shown:
         if name in ("triplet", "preference", "decisionnce-t", "r3m", "liv", "tcn", "vip",
-                    "zeroshot", "clock"):
+                    "zeroshot", "clock", "thumbnail"):
             some = runs[name, shown[name]]
             rows.append([label(name, quote="`"), *(
                 cell(some, group, of_reward(some, metric), False) for metric, group in (
@@ -282,11 +282,12 @@ def headline_table(runs, shown) -> str:
 
 
 def load(root: Path):
-    """The runs of the study, {(objective, setting): [run of each seed]}; the setting to show of
-    each objective, by VOC on unseen tasks; and the rewards of the first seed."""
+    """The runs of the study, {(row, setting): [run of each seed]}, a row being an objective or the
+    control "thumbnail"; the setting to show of each row, by VOC on unseen tasks; and the rewards of
+    the first seed."""
     runs = {}
     for result in json.loads((root / "results.json").read_text(encoding="utf-8")):
-        runs.setdefault((result["objective"], result["config"]["setting"]), []).append(result)
+        runs.setdefault((result["row"], result["config"]["setting"]), []).append(result)
     shown = {name: "tuned" if (name, "tuned") in runs else "faithful" for name, _ in runs}
     order = sorted(shown, key=lambda name: (  # untrained ones last
         not vlmrm.OBJECTIVES.get(name), -mean(runs[name, shown[name]], "unseen", "voc")))
@@ -307,8 +308,9 @@ def speed(runs: list[dict]) -> float | None:
 
 
 def label(name: str, quote: str = "") -> str:
-    remark = ("no language" if name in vlmrm.LANGUAGE_FREE else "privileged"
-              if name in vlmrm.ORACLES else "control" if name in ("clock", "moved") else "")
+    remark = ("no language" if name in vlmrm.LANGUAGE_FREE else
+              "privileged" if name in vlmrm.ORACLES else
+              "control" if name in ("clock", "moved", "thumbnail") else "")
     return f"{quote}{name}{quote}" + (f" ({remark})" if remark else "")
 
 

@@ -122,7 +122,7 @@ def round_to_4(number: str) -> float:
 
 def study(args: argparse.Namespace, data, sentences: dict) -> None:
     """Compare all objectives over several seeds: tables, and pictures. Where the tuned setting
-    differs from the faithful one, the latter is run too."""
+    differs from the faithful one, the latter is run too. A last row is triplet on thumbnails."""
     differs = {objective for objective, tuned in vlmrm.TUNED.items()
                if objective not in GRID
                or tuned != (LEARNING_RATES[0], {GRID[objective][0]: GRID[objective][1][0]})}
@@ -132,6 +132,10 @@ def study(args: argparse.Namespace, data, sentences: dict) -> None:
             if loss or k == 0]  # without training all seeds are alike
     folders = finish(args, data, sentences, jobs)
     root = folders[0].parent
+    control = argparse.Namespace(**vars(args) | {
+        "backbone": "thumbnail", "name": f"{root.name}/thumbnail"})
+    folders += finish(control, data, sentences, [
+        ("triplet", "faithful", args.seed + k) for k in range(args.seeds)])
     gather(folders, args.seed, root)
     report = vlmrm.companion("report")
     tables = "\n\n".join(report.tables(root).values())
@@ -150,10 +154,11 @@ def gather(folders: list[Path], seed: int, root: Path) -> None:
         tasks = {task: {metric: scores[metric] for metric in scores if metric in (
             "voc", "ranking_accuracy_within")} for task, scores in metrics["tasks"].items()}
         del metrics["log"]
-        results.append(metrics | {"tasks": tasks, "config": config})
+        row = config["objective"] if folder.parent == root else "thumbnail"
+        results.append(metrics | {"row": row, "tasks": tasks, "config": config})
         if config["seed"] == seed:
             for name, array in np.load(folder / "rewards.npz").items():
-                key = f"{config['objective']}/{name}"  # of the tuned run, if there is one
+                key = f"{row}/{name}"  # of the tuned run, if there is one
                 if name != "goal_values":
                     rewards.setdefault(key, np.float16(array) if "values" in name else array)
     (root / "results.json").write_text(
