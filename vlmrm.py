@@ -715,7 +715,8 @@ class RewardModel(nn.Module):
 class Thumbnail(nn.Module):
     """A control in place of tiny's vision tower: one linear map of a 12 x 12 thumbnail.
 
-    What it can do takes no understanding of pictures: where things are in the picture is enough.
+    What it can do takes no understanding of pictures: where things are in the picture is enough. On
+    our data that is as much as tiny can do; see the README before you trust a score on it.
     """
 
     def __init__(self):

@@ -349,7 +349,7 @@ def draw_comparison(runs, shown, path: Path) -> None:
                   frameon=False, fontsize=9)
     axes[0].set_yticks(rows, [label(name) for name in shown])
     for row, (name, setting) in zip(rows, shown.items()):
-        if speed(runs[name, setting]):
+        if speed(runs[name, setting]) and name in vlmrm.OBJECTIVES:  # thumbnail's is another scale
             axes[2].barh(row, speed(runs[name, setting]), color="0.8", height=0.6)
     axes[2].set_title("training, frames/s", loc="left", fontsize=10.5)
     for axis in axes:
