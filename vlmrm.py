@@ -506,6 +506,8 @@ class Dataset:
     Raises InputError when the file is missing, damaged or not of this form.
     """
 
+    BUFFER = 256_000_000  # bytes
+
     def __init__(self, path: Path):
         self.path = path
         try:
@@ -524,9 +526,9 @@ class Dataset:
         except Exception as problem:  # damage surfaces in zip, numpy, Python's tokenizer or WebP
             raise InputError(f"{path} is not a data set of this program: "
                              f"{first_line(problem, 150)}") from None
-        # Unpacking an episode takes 2 ms, so those that frames() gave last stay unpacked, up to 256
-        # MB: all that training needs of the default data, and a bound for any other.
-        episodes = 256_000_000 // (3 * self.T * self.S**2)
+        # Unpacking an episode takes 2 ms, so those that frames() gave last stay unpacked: all that
+        # training needs of the default data, and a bound for any other.
+        episodes = self.BUFFER // (3 * self.T * self.S**2)
         self.frames = functools.lru_cache(maxsize=episodes)(self.unpack)
 
     def episode(self, number: int) -> dict:
