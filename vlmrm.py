@@ -139,8 +139,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     modes.add_argument("--ensemble", type=number(int, 2), metavar="N",
                        help="combine N models of the objective, and pick the best of many frames")
     modes.add_argument("--collect", action="store_true", help="make a data set instead")
-    what.add_argument("--seed", type=number(int, 0, 10**5), default=0,
-                      help="of training or collection")
+    what.add_argument("--seed", type=number(int, 0, 10**5), default=0, help="of all that is random")
     what.add_argument("--seeds", type=number(int, 1), default=3,
                       help="how many, from --seed on, with --objective all")
     backbone = parser.add_argument_group("backbone")
@@ -164,6 +163,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     training.add_argument("--name", type=plain_name, help="of the run's own folder; not given, "
                           "objective and seed, or study")
+    add_other_options(parser)
+    args = parser.parse_args(argv)
+    refuse_idle_options(parser, args)
+    return args
+
+
+def add_other_options(parser: argparse.ArgumentParser) -> None:
+    """The options of what is not training."""
     reward = parser.add_argument_group("reward of goal-baseline")
     reward.add_argument("--alpha", type=number(float, 0, 1), default=0.5,
                         help="0 is the cosine, 1 the direction from baseline to goal alone")
@@ -184,9 +191,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     collection.add_argument("--output", type=Path, default=Path("collected.npz"), help="data set")
     collection.add_argument("--workers", type=number(int, 1), default=os.cpu_count(),
                             help="processes")
-    args = parser.parse_args(argv)
-    refuse_idle_options(parser, args)
-    return args
 
 
 def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
