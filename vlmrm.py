@@ -321,6 +321,8 @@ def open_task(task: str, size: int):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as environments
         from metaworld.policies import ENV_POLICY_MAP as policies
 
+        if task not in policies:
+            raise unknown("task", task, list(policies))
         env = environments[task + "-goal-observable"](seed=0)
         env.model.vis.quality.offsamples = 0  # multisampling; read when the renderer is made
         env.model.vis.global_.offwidth = env.model.vis.global_.offheight = size
@@ -329,8 +331,8 @@ def open_task(task: str, size: int):
         raise InputError(
             f"--collect needs {problem.name}, which supports Python 3.10 to 3.13: "
             "pip install -r requirements.txt") from None
-    except KeyError:
-        raise unknown("task", task, list(policies)) from None
+    except InputError:
+        raise
     except Exception as problem:  # graphics libraries fail in many ways
         raise InputError(
             f"cannot render ({first_line(problem, 80)}): most often for want of an OpenGL library. "
@@ -727,7 +729,6 @@ class Thumbnail(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image_size, self.image_mean, self.image_std = 96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
         self.map = nn.Linear(3 * 12 * 12, TINY["embed_dim"])
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -1541,7 +1542,7 @@ def pair_counts(values: np.ndarray, rewards: np.ndarray, threshold: float = 0.1)
     row = np.arange(len(values))[:, None] * values.shape[1]  # where each begins, end to end
     for v, r in ((values, rewards), (-values, -rewards)):  # as the better frame, as the worse one
         order = np.argsort(r, axis=1, kind="stable")
-        worse = np.stack([np.searchsorted(np.sort(one), one - threshold) for one in r])  # (E, T)
+        worse = np.stack([np.searchsorted(one[by], one - threshold) for one, by in zip(r, order)])
         ranks = np.unique(v, return_inverse=True)[1].reshape(v.shape)
         limits = np.stack([ranks, ranks + 1])  # lower values, and lower or equal ones: (2, E, T)
         ranks = np.take_along_axis(ranks, order, axis=1).ravel()  # the worse ones come first
@@ -1992,7 +1993,7 @@ def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
     backbone, pretrained, lora = config["backbone"], config["pretrained"], config["lora"]
     if lora:
         if config.get("weights_sha256", now := weights_checksum(pretrained)) != now:
-            raise InputError(f"{run_dir} adapts other weights than there are now at {pretrained}")
+            raise InputError(f"{run_dir} adapts other weights than those of {backbone} are now")
         model = build_backbone(backbone, pretrained)
         add_lora(model, lora)
     else:

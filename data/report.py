@@ -512,7 +512,7 @@ def draw_batch(head, data) -> None:
                                          row + 0.36), aspect="auto", zorder=3)
             head.plot([t, t + shift], [row - 0.42, row - 0.34], color="0.6", lw=1)
             head.plot(t, row - 0.42, "o", color="black", ms=4)
-        head.text(1.09, row, f"“{sentences[task]['instruction']}”", va="center", fontsize=12,
+        head.text(1.09, row, quoted(sentences[task]["instruction"]), va="center", fontsize=12,
                   style="italic")
     for t, shift, name in zip(TIMES, (0, -0.03, 0.03, 0, 0), (
             "start", "now", "next", "later", "end")):
