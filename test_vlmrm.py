@@ -1525,12 +1525,12 @@ def test_wrapped_meta_world(finished):
         pytest.skip(str(problem))
     model = vlmrm.load_reward_model(finished[0], device="cpu")
     wrapped = vlmrm.wrap_environment(
-        env, model, "open the drawer", render=lambda: vlmrm.draw(renderer, [env.data], 48)[0])
+        env, model, "open the drawer", render=lambda: vlmrm.draw(renderer, env.data))
     observation, _ = wrapped.reset()
     for _ in range(3):
         observation, reward, *_, info = wrapped.step(
             np.clip(policy().get_action(observation), -1, 1))
-        picture = vlmrm.draw(renderer, [env.data], 48)
+        picture = vlmrm.draw(renderer, env.data)[None]
         assert reward == pytest.approx(model.score(picture, "open the drawer")[0], abs=1e-5)
         assert info["environment_reward"] >= 0
     renderer.close()

@@ -38,7 +38,6 @@ STARTED = time.perf_counter()  # the wall time of a run counts its imports
 
 import argparse
 import contextlib
-import copy
 import difflib
 import functools
 import hashlib
@@ -278,14 +277,19 @@ def load_instructions(path: Path) -> dict[str, dict]:
     return sentences
 
 
+# All in the simulator's state that a picture depends on: where things, lights and cameras are.
+POSES = ("geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "light_xpos", "light_xdir", "cam_xpos",
+         "cam_xmat")
+
+
 def roll_out(env, policy, rng, steps: int, noise: float, random_share: float):
-    """Run one episode. Returns a snapshot of the simulator, the reward and the success flag of
-    every step, as three lists. With noise 0 this is the expert, which stops 5 steps after success.
+    """Run one episode. Returns the POSES, the reward and the success flag after every step, as
+    three lists. With noise 0 this is the expert, which stops 5 steps after success.
 
     noise is the standard deviation of the Gaussian noise on each action (actions lie in [-1, 1]),
     random_share the probability that a step's action is first replaced by a uniform one.
     """
-    snapshots, rewards, successes = [], [], []
+    poses, rewards, successes = [], [], []
     observation, _ = env.reset()
     for _ in range(steps):
         action = policy.get_action(observation)
@@ -293,14 +297,14 @@ def roll_out(env, policy, rng, steps: int, noise: float, random_share: float):
             action = rng.uniform(-1, 1, size=4)  # x, y, z, gripper
         action = np.clip(action + noise * rng.normal(size=4), -1, 1)
         observation, reward, _, _, info = env.step(action)
-        # Rendering costs 20 times a simulation step, and which frames we want depends on how long
-        # the episode turns out to be: keep the states (cheap), draw the chosen few afterwards.
-        snapshots.append(copy.copy(env.data))
+        # Rendering costs ten times a simulation step, and which frames we want depends on how long
+        # the episode turns out to be: keep the poses (cheap), draw the chosen few afterwards.
+        poses.append({name: getattr(env.data, name).copy() for name in POSES})
         rewards.append(reward)
         successes.append(bool(info["success"]))
         if noise == 0 and any(successes[:-5]):
             break
-    return snapshots, rewards, successes
+    return poses, rewards, successes
 
 
 def open_task(task: str, size: int):
@@ -343,15 +347,15 @@ def open_task(task: str, size: int):
     return env, policies[task], renderer
 
 
-def draw(renderer, snapshots: list, size: int) -> np.ndarray:
-    """Pictures of snapshots of the simulator: uint8 (T, S, S, 3)."""
-    frames = np.empty((len(snapshots), size, size, 3), np.uint8)
-    for frame, snapshot in zip(frames, snapshots):
-        renderer.update_scene(snapshot, camera="corner4")
-        # The camera hangs upside down. Turn the picture, which flips BOTH axes: flipping the rows
-        # alone looks right, but mirrors the scene, and left becomes right.
-        frame[:] = renderer.render()[::-1, ::-1]
-    return frames
+def draw(renderer, data, poses: dict | None = None) -> np.ndarray:
+    """A picture of the simulator's state `data`, uint8 (S, S, 3), or of an earlier one, whose poses
+    are put back into it."""
+    for name, pose in (poses or {}).items():
+        getattr(data, name)[:] = pose
+    renderer.update_scene(data, camera="corner4")
+    # The camera hangs upside down. Turn the picture, which flips BOTH axes: flipping the rows alone
+    # looks right, but mirrors the scene, and left becomes right.
+    return renderer.render()[::-1, ::-1]
 
 
 def encode_frames(frames: np.ndarray) -> bytes:
@@ -384,15 +388,15 @@ def collect_task(job: dict) -> list[dict]:
         env.seeded_rand_vec, env._freeze_rand_vec = True, False
         env.seed(seed)
         rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
-        snapshots, rewards, successes = roll_out(
+        poses, rewards, successes = roll_out(
             env, policy(), rng, steps=150 if mixed else 300,
             noise=rng.uniform(0.3, 1.5) if mixed else 0.0,
             random_share=rng.choice([0.0, 0.3, 0.7]) if mixed else 0.0)
         attempts += 1
         if not mixed and not any(successes):
             continue
-        steps = np.linspace(0, len(snapshots) - 1, job["frames"]).round().astype(int)
-        frames = draw(renderer, [snapshots[step] for step in steps], size)
+        steps = np.linspace(0, len(poses) - 1, job["frames"]).round().astype(int)
+        frames = np.stack([draw(renderer, env.data, poses[step]) for step in steps])
         # Success may flicker between two frames: a flag covers all steps since the frame before.
         since = np.minimum(np.r_[0, steps[:-1] + 1], steps)
         episodes.append({

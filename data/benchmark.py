@@ -49,7 +49,8 @@ def in_turn(**ways) -> dict:
 
 
 def collection() -> dict:
-    """Frames of 96 x 96 per second, on one core, one task, every step rendered."""
+    """Frames of 96 x 96 per second, on one core, one task: of 40 steps that are all drawn; and of
+    an episode of which the data set keeps 24 of 150 steps. The textbook's loop draws all 150."""
     task, size, steps = "drawer-open-v3", 96, 40
     env, policy, renderer = vlmrm.open_task(task, size)
     env.seeded_rand_vec, env._freeze_rand_vec = True, False
@@ -59,24 +60,26 @@ def collection() -> dict:
     textbook_env = gymnasium.make("Meta-World/MT1", env_name=task, render_mode="rgb_array",
                                   width=size, height=size, camera_name="corner4")
 
-    def textbook():
+    def textbook(steps=8, kept=8):
         textbook_env.reset()
-        for _ in range(8):
+        for _ in range(steps):
             textbook_env.step(textbook_env.action_space.sample())
             textbook_env.render()
-        return 8
+        return kept
 
     rng = np.random.default_rng(0)
 
-    def ours():  # as collect_task() does it: simulate, then draw, turn and pack
-        snapshots, _, _ = vlmrm.roll_out(env, policy(), rng, steps, noise=0.5, random_share=0.0)
-        vlmrm.encode_frames(vlmrm.draw(renderer, snapshots, size))
-        return steps
+    def ours(steps=steps, kept=steps):  # as collect_task() does it: simulate, then draw and pack
+        poses, _, _ = vlmrm.roll_out(env, policy(), rng, steps, noise=0.5, random_share=0.0)
+        vlmrm.encode_frames(np.stack([vlmrm.draw(renderer, env.data, poses[step])
+                                      for step in np.linspace(0, steps - 1, kept).astype(int)]))
+        return kept
 
-    kept, _, _ = vlmrm.roll_out(env, policy(), rng, steps, noise=0.5, random_share=0.0)
+    poses, _, _ = vlmrm.roll_out(env, policy(), rng, steps, noise=0.5, random_share=0.0)
 
     def drawing():  # neither simulated nor packed
-        vlmrm.draw(renderer, kept, size)
+        for pose in poses:
+            vlmrm.draw(renderer, env.data, pose)
         return steps
 
     def bare():
@@ -85,9 +88,9 @@ def collection() -> dict:
         return steps
 
     # One renderer may live per process: the textbook's comes after ours is closed.
-    rates = in_turn(ours=ours, drawing=drawing, bare=bare)
+    rates = in_turn(ours=ours, drawing=drawing, bare=bare, ours_24_of_150=lambda: ours(150, 24))
     renderer.close()
-    return rates | in_turn(textbook=textbook)
+    return rates | in_turn(textbook=textbook, textbook_24_of_150=lambda: textbook(150, 24))
 
 
 def workload():
