@@ -1212,6 +1212,14 @@ def test_an_objective_without_a_gradient_is_refused(program, tmp_path, capsys):
     assert "larger --batch" in capsys.readouterr().err and not list(tmp_path.glob("clip*"))
 
 
+def test_a_mistake_in_an_objective_is_shown_and_leaves_no_folder(program, tmp_path, monkeypatch):
+    """Python's traceback: whoever writes an objective needs its line."""
+    monkeypatch.setitem(vlmrm.OBJECTIVES, "mine", lambda frames, texts, times: frames @ texts)
+    with pytest.raises(RuntimeError):
+        program("--objective", "mine")
+    assert not list(tmp_path.glob("mine*"))
+
+
 def test_batch_larger_than_the_number_of_tasks(toy, sentences):
     with pytest.raises(vlmrm.InputError, match="--batch 4"):
         train_toy(toy, sentences, batch=4)

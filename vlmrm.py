@@ -1867,7 +1867,7 @@ def locked(folder: Path):
         with FileLock(folder / "lock", blocking=False):
             try:
                 yield
-            except InputError:
+            except Exception:
                 if new and not (folder / "checkpoint.safetensors").exists():
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
