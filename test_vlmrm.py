@@ -1513,6 +1513,13 @@ def test_an_environment_that_renders_nothing():
         env.step(0)
 
 
+def test_wrapper_refuses_a_bad_sentence_before_the_first_step():
+    model = vlmrm.build_backbone("tiny", "none").eval()
+    for sentence in (" ", None, "open the drawer " * 20):
+        with pytest.raises(vlmrm.InputError):
+            vlmrm.wrap_environment(Corridor(), model, sentence)
+
+
 def test_shaping_leaves_the_discounted_return_alone():
     """Shaping telescopes: the discounted sum differs by -r(first frame) only, here 0, whatever the
     frames in between. That is why the best policy stays the best one."""

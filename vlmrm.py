@@ -2014,9 +2014,11 @@ def wrap_environment(env, model: RewardModel, instruction: str, render=None, sha
     render() -> uint8 (H, W, 3); not given, env.render(). The reward is that of the frame after the
     step. With shaping it is added to the environment's own, as gamma r(s') - r(s): whatever the
     model says, the best policy stays the best one (Ng, Harada and Russell, 1999), as long as r
-    counts as 0 where an episode terminates. Raises InputError when there is no picture.
+    counts as 0 where an episode terminates. Raises InputError for a bad sentence, and, at the first
+    step, when there is no picture.
     """
     import gymnasium
+    model.score(np.zeros((1, 8, 8, 3), np.uint8), instruction)  # refuses a bad sentence now
 
     class ModelReward(gymnasium.Wrapper):
         def look(self) -> float:
