@@ -986,7 +986,7 @@ def test_shipped_episode_renders_again(collected, shipped, tmp_path):
     args = vlmrm.parse_arguments([])
     vlmrm.write_dataset(tmp_path / "again.npz", vlmrm.collect_task({
         "task": task, "expert": 1, "mixed": 0, "frames": args.frames, "size": args.size,
-        "seed": args.seed}))
+        "seed": args.seed, "vary": False}))
     again = vlmrm.Dataset(tmp_path / "again.npz")
     original = shipped.select(task=task)[0]
     np.testing.assert_allclose(again.rewards[0], shipped.rewards[original], atol=1e-3)
@@ -994,6 +994,22 @@ def test_shipped_episode_renders_again(collected, shipped, tmp_path):
     same, other = (np.abs(again.frames(0).astype(int) - shipped.frames(episode)).mean()
                    for episode in shipped.select(task=task)[:2])
     assert same < 2 < other
+
+
+def test_varied_scenes_look_different_and_are_the_same_episodes(collected, tmp_path):
+    """The expert and the failure of collected(), with other looks, which last the episode."""
+    args = vlmrm.parse_arguments(["--collect"])
+    vlmrm.write_dataset(tmp_path / "varied.npz", vlmrm.collect_task({
+        "task": "reach-v3", "expert": 1, "mixed": 1, "frames": 8, "size": 48, "seed": args.seed,
+        "vary": True}))
+    varied, plain = vlmrm.Dataset(tmp_path / "varied.npz"), vlmrm.Dataset(collected / "1.npz")
+    where = plain.select(task="reach-v3")
+    np.testing.assert_array_equal(varied.rewards, plain.rewards[where])
+    colours = [[data.frames(e).mean((1, 2)) for e in episodes]  # (2, 8, 3)
+               for data, episodes in ((varied, range(2)), (plain, where))]
+    within = np.ptp(colours, axis=2).max()
+    assert within < np.abs(np.subtract(*colours)).max(-1).min()  # from the plain scene
+    assert within < np.abs(np.diff(colours[0], axis=0)).max(-1).min()  # from each other
 
 
 # -----------------------------------------------------------------------------

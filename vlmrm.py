@@ -38,6 +38,7 @@ STARTED = time.perf_counter()  # the wall time of a run counts its imports
 
 import argparse
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -187,6 +188,8 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
                             help="mixed episodes per task")
     collection.add_argument("--frames", type=number(int, 5), default=24, help="frames per episode")
     collection.add_argument("--size", type=number(int, 8), default=96, help="pixels, square")
+    collection.add_argument("--vary", action="store_true",
+                            help="another camera, other colours and light in each episode")
     collection.add_argument("--output", type=Path, default=Path("collected.npz"), help="data set")
     collection.add_argument("--workers", type=number(int, 1), default=os.cpu_count(),
                             help="processes")
@@ -195,7 +198,8 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
 def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End in one line if an option was given that would not be obeyed."""
     use = {"instruction", "model"}
-    collection = {"tasks", "expert", "mixed", "frames", "size", "output", "workers"}
+    collection = {"tasks", "expert", "mixed", "frames", "size", "vary", "output",
+                  "workers"}
     obeyed = {"score": use | {"device"}, "collect": collection | {"seed", "instructions"},
               "resume": {"device"}}
     mode = next((mode for mode in obeyed if getattr(args, mode)), "training")
@@ -358,6 +362,15 @@ def draw(renderer, data, poses: dict | None = None) -> np.ndarray:
     return renderer.render()[::-1, ::-1]
 
 
+def vary_scene(model, original, rng) -> None:
+    """Move the camera by up to 20 cm in each direction, and scale every colour and light by a
+    random factor: in a simulator's model, from those of the original one."""
+    model.cam_pos[:] = original.cam_pos + rng.uniform(-0.2, 0.2, 3)
+    for name in ("mat_rgba", "geom_rgba", "light_diffuse"):
+        colours = getattr(original, name)[:, :3]
+        getattr(model, name)[:, :3] = colours * rng.uniform(0.5, 1.2, colours.shape)
+
+
 def encode_frames(frames: np.ndarray) -> bytes:
     """Pack one episode, uint8 (T, S, S, 3), into one WebP: a strip of its frames, top to bottom.
 
@@ -377,7 +390,7 @@ def collect_task(job: dict) -> list[dict]:
     """
     task, size = job["task"], job["size"]
     env, policy, renderer = open_task(task, size)
-    episodes, attempts = [], 0
+    original, episodes, attempts = copy.copy(env.model), [], 0
     while len(episodes) < job["expert"] + job["mixed"]:
         mixed = len(episodes) >= job["expert"]
         if not mixed and attempts >= 4 * job["expert"]:
@@ -388,6 +401,8 @@ def collect_task(job: dict) -> list[dict]:
         env.seeded_rand_vec, env._freeze_rand_vec = True, False
         env.seed(seed)
         rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
+        if job["vary"]:  # looks alone: what happens is as it is without
+            vary_scene(env.model, original, rng.spawn(1)[0])
         poses, rewards, successes = roll_out(
             env, policy(), rng, steps=150 if mixed else 300,
             noise=rng.uniform(0.3, 1.5) if mixed else 0.0,
@@ -441,8 +456,8 @@ def collect(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise InputError(f"{args.output} exists: choose another --output, or remove it")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail now, not when all is rendered
-    jobs = [{"task": task, "expert": args.expert, "mixed": args.mixed, "frames": args.frames,
-             "size": args.size, "seed": args.seed} for task in args.tasks or known]
+    jobs = [{"task": task} | {key: getattr(args, key) for key in (
+        "expert", "mixed", "frames", "size", "seed", "vary")} for task in args.tasks or known]
     episodes = []
     context = multiprocessing.get_context("spawn")  # a forked process inherits a broken GL state
     heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for us, not for the workers
