@@ -898,13 +898,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 # (section 5), on seen and on unseen tasks, and how often the end of a video of a seen task prefers
 # its own instruction among all 50 (before fine-tuning .80).
 #
-# The constants in the signatures are the official ones. With them TCN, R3M, VIP, LIV, DecisionNCE
-# and VLC return, value and gradient, what the authors' code returns, HILP's core and the goal
-# baseline the value (the tests compare with data/golden/, whose batches have, for R3M and LIV, a
-# sixth frame and videos without a text, which ours never have). Where the official codes contrast
-# with other videos, they draw random permutations of the batch, which now and then pair a video
-# with itself. Our batches come in random order, so we shift them by 1, 2, 3 places: as random,
-# never itself, and the loss stays a pure function.
+# The constants in the signatures are the official ones. With them TCN, R3M, VIP, LIV and
+# DecisionNCE return, value and gradient, what the authors' code returns, VLC what a transcription
+# of it does, HILP's core and the goal baseline the value (the tests compare with data/golden/,
+# whose batches have, for R3M and LIV, a sixth frame and videos without a text, which ours never
+# have). Where the official codes contrast with other videos, they draw random permutations of the
+# batch, which now and then pair a video with itself. Our batches come in random order, so we shift
+# them by 1, 2, 3 places: as random, never itself, and the loss stays a pure function.
 
 LOG_EPS = math.log(1e-8)  # -18.4
 
