@@ -1786,6 +1786,7 @@ def test_help_is_there_before_the_slow_imports():
     (["--collect", "--tasks", "drawer-opn-v3", "--output", "x.npz"], "drawer-open-v3"),
     (["--batch", "41"], "--batch 41"),
     (["--lora", "2", "--pretrained", "none"], "adapts pretrained weights"),
+    (["--lora", "2", "--backbone", "thumbnail"], "adapts pretrained weights"),
     (["--name", "data", "--runs", "."], "data exists"),
     (["--collect", "--frames", "200"], "16383"),
     (["--collect", "--output", "README.md"], "README.md exists"),

@@ -1804,9 +1804,9 @@ def weights_checksum(pretrained: str | None) -> str | None:
 def prepare_model(args: argparse.Namespace) -> RewardModel:
     """The backbone as a run with these arguments starts from it."""
     device = pick_device(args.device)
-    if args.lora and args.pretrained == "none":
-        raise InputError("--lora adapts pretrained weights, and --pretrained none has none; a run "
-                         "stores the adapters alone")
+    if args.lora and (args.pretrained == "none" or args.backbone == "thumbnail"):
+        raise InputError("--lora adapts pretrained weights, and --pretrained none or a thumbnail "
+                         "has none; a run stores the adapters alone")
     torch.manual_seed(args.seed)  # decides the adapters' start, and random backbones
     model = build_backbone(args.backbone, args.pretrained)
     if args.lora:
