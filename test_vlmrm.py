@@ -841,6 +841,7 @@ def test_frames_survive_packing(tmp_path):
 
 @pytest.mark.parametrize("episodes, says", [
     ([], "no episodes"), ([{"task": "reach-v3"}], "split"),
+    ([dict.fromkeys(vlmrm.EPISODE, 0)], "strip"),
     ([toy_episode("reach-v3", 0) | {"split": "test"},
       toy_episode("reach-v3", 0, T=11) | {"split": "test"}], "not alike")])
 def test_episodes_that_make_no_data_set(tmp_path, episodes, says):

@@ -495,16 +495,17 @@ def write_dataset(path: Path, episodes: list[dict]) -> None:
     An episode is a dictionary, as collect_task() makes them: the fields of EPISODE and its "strip",
     of encode_frames(). Raises InputError if there are none, or they are not alike.
     """
-    try:
-        fields = {name: np.array([episode[name] for episode in episodes]) for name in EPISODE}
-    except (KeyError, ValueError) as problem:
-        raise InputError(f"the episodes are not whole, or not alike: {problem!r}") from None
     if not episodes:
         raise InputError(f"there are no episodes to write to {path}")
+    try:
+        fields = {name: np.array([episode[name] for episode in episodes]) for name in EPISODE}
+        strips = [episode["strip"] for episode in episodes]
+    except (KeyError, ValueError) as problem:
+        raise InputError(f"the episodes are not whole, or not alike: {problem!r}") from None
     fields["steps"] = fields["steps"].astype(
-        np.int16 if fields["steps"].max(initial=0) < 2**15 else np.int32)
-    fields["offsets"] = np.cumsum([0] + [len(episode["strip"]) for episode in episodes])
-    fields["strips"] = np.frombuffer(b"".join(episode["strip"] for episode in episodes), np.uint8)
+        np.int16 if fields["steps"].max() < 2**15 else np.int32)
+    fields["offsets"] = np.cumsum([0, *map(len, strips)])
+    fields["strips"] = np.frombuffer(b"".join(strips), np.uint8)
     with whole_file(Path(path)) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **fields)  # uncompressed: Dataset reads single episodes from the middle
 
