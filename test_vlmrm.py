@@ -1813,6 +1813,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, says, capsys, monkeypa
     ("--tune --size 64", "--size has no effect here"),
     ("--tune --learning-rate 1", "--learning-rate has no effect here"),
     ("--objective vip --seeds 5", "--seeds has no effect here"),
+    ("--tune --objective all --seeds 5", "--seeds has no effect here"),
     ("--alpha 1", "--alpha has no effect here"),
     ("--score clip.mp4 --instruction open --backbone RN50", "--backbone has no effect here"),
     ("--collect --learning-rate 1", "--learning-rate has no effect here"),

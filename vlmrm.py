@@ -196,7 +196,7 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End in one line if an option was given that would not be obeyed."""
+    """End in one line if an option was given that belongs to something else."""
     use = {"instruction", "model"}
     collection = {"tasks", "expert", "mixed", "frames", "size", "vary", "output",
                   "workers"}
@@ -207,7 +207,7 @@ def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespac
     if args.objective != "all":
         idle |= {"seeds"} | ({"alpha", "baseline"} if args.objective != "goal-baseline" else set())
     if args.tune:
-        idle |= {"learning_rate", "setting"}
+        idle |= {"learning_rate", "setting", "seeds", "alpha", "baseline"}
     for option in sorted(idle):
         if getattr(args, option) != parser.get_default(option):
             parser.error(f"--{option.replace('_', '-')} has no effect here")
