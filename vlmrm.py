@@ -2011,14 +2011,13 @@ def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
     """
     config = read_config(Path(run_dir))
     backbone, pretrained, lora = config["backbone"], config["pretrained"], config["lora"]
+    if lora and config.get("weights_sha256", now := weights_checksum(pretrained)) != now:
+        raise InputError(f"{run_dir} adapts other weights than those of {backbone} are now")
+    model = build_backbone(backbone, pretrained if lora else "none")
     if lora:
-        if config.get("weights_sha256", now := weights_checksum(pretrained)) != now:
-            raise InputError(f"{run_dir} adapts other weights than those of {backbone} are now")
-        model = build_backbone(backbone, pretrained)
         add_lora(model, lora)
-    else:
-        model = build_backbone(backbone, "none")
     load_weights(model, Path(run_dir) / "model.safetensors")
+    merge_lora(model)
     return to_device(model, pick_device(device)).eval()
 
 
