@@ -12,7 +12,7 @@ vision-language reward models" (arXiv 2512.20675): same backbone, same videos, s
     python vlmrm.py --objective all --seeds 3                               the study
     python vlmrm.py --collect --tasks reach-v3 push-v3 --output two.npz     make your own videos
     python vlmrm.py --data two.npz --batch 2                                and train on them
-    python vlmrm.py --backbone ViT-B-32-quickgelu --pretrained openai --lora 8     a real CLIP
+    python vlmrm.py --backbone ViT-B-32-quickgelu --pretrained openai --lora 8 --learning-rate 1e-4
     python vlmrm.py --help                                                  everything else
 
 Expect of triplet (mean ± std of seeds 0, 1, 2; torch 2.15 on two cores of an AMD EPYC):
@@ -79,7 +79,7 @@ class InputError(Exception):
 
 
 def progress_bar(*items, **options):
-    """tqdm; without a terminal, in a log file, a line every 20 s instead of ten in one."""
+    """tqdm; without a terminal, in a log file, a line every 20 s instead of ten a second."""
     terminal = sys.stderr.isatty()
     return tqdm(*items, dynamic_ncols=terminal, mininterval=0.1 if terminal else 20, **options)
 
@@ -103,7 +103,7 @@ def first_line(problem: Exception, length: int) -> str:
 def number(kind: type, minimum: float, maximum: float = 10**6):
     """A type for argparse: int or float, from `minimum` to `maximum`."""
     def value(text: str):
-        if not minimum <= (found := kind(text)) <= maximum:  # nan is not either
+        if not minimum <= (found := kind(text)) <= maximum:  # nan fails this too
             raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
         return found
     value.__name__ = "whole number" if kind is int else "number"  # as argparse will call it
@@ -314,10 +314,9 @@ def roll_out(env, policy, rng, steps: int, noise: float, random_share: float):
 def open_task(task: str, size: int):
     """The simulator of a task, its scripted policy, and a renderer of size x size pictures.
 
-    The renderer is 10 to 20 times as fast as env.render() where there is no GPU: shadows,
-    reflections and multisampling are what makes software rendering slow, and nothing the reward
-    model needs. One renderer may live per process: a second one, opened while the first is not
-    closed, returns stale frames without a word.
+    Without shadows, reflections and multisampling it draws 9 times as fast as env.render() on a
+    CPU. One renderer may live per process: a second one, opened while the first is not closed,
+    returns stale frames without a word.
     Raises InputError when Meta-World or a graphics library is missing.
     """
     if sys.platform == "linux":  # mujoco reads this once, at import: draw in software by default
@@ -586,14 +585,9 @@ class Dataset:
     def load(self, episodes, every: int = 1) -> torch.Tensor:
         """Every n-th frame of some episodes, unpacked by all cores: uint8 (len(episodes),
         ceil(T / every), S, S, 3)."""
-        frames = np.empty((len(episodes), -(-self.T // every), self.S, self.S, 3), np.uint8)
-
-        def put(place):
-            frames[place] = self.unpack(episodes[place])[::every]
-
         with ThreadPoolExecutor() as threads:
-            list(threads.map(put, range(len(episodes))))  # a list, or errors would go unseen
-        return torch.from_numpy(frames)
+            frames = list(threads.map(lambda episode: self.unpack(episode)[::every], episodes))
+        return torch.from_numpy(np.stack(frames))
 
     def select(self, **wanted) -> np.ndarray:
         """Indices of the episodes that match: select(split="test", source="expert")."""
@@ -712,7 +706,7 @@ class RewardModel(nn.Module):
 
     def check_length(self, sentences: list[str]) -> None:
         """Raise InputError if a sentence is longer than the backbone reads: CLIP's tokenizer cuts
-        it without a word. (Others do not tell.)"""
+        it without a word. (Other tokenizers do not tell a sentence's length.)"""
         limit = self.clip.context_length - 2  # without the marks of start and end
         for sentence in sentences if hasattr(self.tokenizer, "encode") else ():
             if (n := len(self.tokenizer.encode(sentence))) > limit:
@@ -818,7 +812,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
     nn.MultiheadAttention keeps queries, keys and values in one packed matrix, which is no layer
     of its own: parametrising the weight, rather than wrapping the layer, covers it too. Patch
-    convolution, embeddings, norms and the last projection of each tower stay frozen.
+    convolution, embeddings, norms and a last projection that is a bare matrix (CLIP's) stay frozen.
     """
     model.requires_grad_(False)
     for module in list(model.modules()):
@@ -876,9 +870,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 #     videos and sentences    the right pair beats wrong ones     clip, decisionnce, vlc, liv, r3m
 #     distance in time        near is near, or steps to a goal    tcn, r3m, vip, liv, hilp
 #
-# All but clip and tcn assume that an expert's later frame is the better one. Every objective sees
-# the same batch: B videos of B different tasks, so that no sentence fits two of them, and of each
-# K = 5 frames,
+# All but clip, tcn and preference-oracle assume that an expert's later frame is the better one.
+# Every objective sees the same batch: B videos of B different tasks, so that no sentence fits two
+# of them, and of each K = 5 frames,
 #
 #     frames  (B, K, D)   unit vectors of start < now < next = now + 1 < later < end
 #     texts   (B, D)      unit vector of the instruction of each video
@@ -1099,7 +1093,7 @@ def tcn_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3)
 
 
 def norm_penalty(frames: torch.Tensor, l1: float, l2: float) -> torch.Tensor:
-    """l1 mean |x|_1 + l2 mean |x|_2 over all embeddings. Constant l2 part when x has unit norm."""
+    """l1 mean |x|_1 + l2 mean |x|_2 over all embeddings; with unit norm the l2 part is constant."""
     return (l1 * frames.abs().sum(-1) + l2 * torch.linalg.vector_norm(frames, dim=-1)).mean()
 
 
@@ -1507,6 +1501,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer) -> list[dict]:
 #     epic                       all: how far model's and simulator's reward are from proportional
 #     success_auroc              all, last frames: do successes get more than failures?
 #     goal_...                   the same with -distance to other experts' last frames as reward
+#     own_...                    the same with the reward of clock, moved or goal-baseline
 #
 # Mind that a clock gets .8 within: even a failing arm mostly gets closer with time.
 #
@@ -1775,11 +1770,10 @@ SETTINGS = ("objective", "setting", "seed", "backbone", "pretrained", "lora", "s
 
 
 def configuration(args: argparse.Namespace) -> dict:
-    """All that decides the outcome of a run, versions and machine apart, as far as it is here: what
-    a hub keeps under a tag may change."""
-    learning_rate, constants = LEARNING_RATE, {}
-    if args.setting == "tuned":
-        learning_rate, constants = TUNED.get(args.objective, (learning_rate, constants))
+    """All that decides the outcome of a run but versions and machine. (Weights that a hub keeps
+    under a tag have no checksum here: they may change.)"""
+    tuned = TUNED if args.setting == "tuned" else {}
+    learning_rate, constants = tuned.get(args.objective, (LEARNING_RATE, {}))
     return {key: getattr(args, key) for key in SETTINGS} | {
         "learning_rate": args.learning_rate or learning_rate, "constants": constants,
         "data_sha256": checksum(args.data),
@@ -1915,8 +1909,7 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
             "device": model.mean.device.type, "cores": os.cpu_count(), "torch": torch.__version__,
             "open_clip": open_clip.__version__, "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}"})
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        trained *= loss is not None
+        trained = sum(p.numel() for p in model.parameters() if loss and p.requires_grad)
         print(f"{args.objective} on {args.backbone}, {trained / 1e6:.1f} M weights to train, "
               f"{model.mean.device}{', bfloat16' if model.low_precision else ''}; {data.E} "
               f"episodes of {len(np.unique(data.task))} tasks from {data.path}", flush=True)
