@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 import vlmrm
 
 HERE = Path(__file__).resolve().parent
-report, study = vlmrm.companion("report"), vlmrm.companion("study")
+plumbing, report, study = map(vlmrm.companion, ("plumbing", "report", "study"))
 LOSSES = {name: loss for name, loss in vlmrm.OBJECTIVES.items() if loss}
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
@@ -1054,9 +1054,9 @@ def test_a_thumbnail_in_place_of_the_vision_tower(frames, tmp_path):
     rewards = model.score(large, "open the drawer")
     assert model.score(shuffled, "open the drawer") == pytest.approx(rewards, abs=1e-5)
     assert np.ptp(rewards) > 0.01
-    vlmrm.save_weights(model, tmp_path / "model.safetensors")
+    plumbing.save_weights(model, tmp_path / "model.safetensors")
     again = vlmrm.build_backbone("thumbnail", "none").eval()
-    vlmrm.load_weights(again, tmp_path / "model.safetensors")
+    plumbing.load_weights(again, tmp_path / "model.safetensors")
     assert (again.score(large, "open the drawer") == rewards).all()
 
 
@@ -1092,9 +1092,9 @@ def test_score_takes_any_sentence_but_none_and_too_long_ones(tiny, frames):
 def test_weights_that_are_not_finite_are_refused(tiny, tmp_path):
     with torch.no_grad():
         tiny.clip.visual.proj[0, 0] = torch.nan
-    vlmrm.save_weights(tiny, tmp_path / "model.safetensors")
+    plumbing.save_weights(tiny, tmp_path / "model.safetensors")
     with pytest.raises(vlmrm.InputError, match="clip.visual.proj is not finite"):
-        vlmrm.load_weights(tiny, tmp_path / "model.safetensors")
+        plumbing.load_weights(tiny, tmp_path / "model.safetensors")
 
 
 def test_lora_starts_at_the_model_trains_only_itself_and_merges(tiny, frames):
@@ -1118,16 +1118,16 @@ def test_lora_starts_at_the_model_trains_only_itself_and_merges(tiny, frames):
 
 
 def test_weights_survive_saving_and_misfits_are_refused(tiny, frames, tmp_path):
-    vlmrm.save_weights(tiny, tmp_path / "model.safetensors")
+    plumbing.save_weights(tiny, tmp_path / "model.safetensors")
     other = vlmrm.build_backbone("tiny", str(tmp_path / "model.safetensors"))
     assert (other.eval().score(frames, "push") == tiny.eval().score(frames, "push")).all()
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[:9999])
     with pytest.raises(vlmrm.InputError, match="does not fit"):
-        vlmrm.load_weights(other, tmp_path / "short.safetensors")
+        plumbing.load_weights(other, tmp_path / "short.safetensors")
     vlmrm.add_lora(other, 2)
     with pytest.raises(vlmrm.InputError, match="does not fit"):
-        vlmrm.load_weights(other, tmp_path / "model.safetensors")
+        plumbing.load_weights(other, tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16-SigLIP2"])
@@ -1163,9 +1163,9 @@ def test_real_architectures_from_a_checkpoint_file(name, toy, sentences, tmp_pat
     rewards = model.eval().score(frames, "open the drawer")
     folder = tmp_path / "run"
     folder.mkdir()
-    vlmrm.save_weights(model, folder / "model.safetensors")
+    plumbing.save_weights(model, folder / "model.safetensors")
     assert (folder / "model.safetensors").stat().st_size < 10e6  # the adapters alone
-    vlmrm.write_json(folder / "config.json", {
+    plumbing.write_json(folder / "config.json", {
         "objective": "triplet", "backbone": name, "pretrained": str(checkpoint), "lora": 2})
     del model
     again = vlmrm.load_reward_model(folder, device="cpu")
@@ -1321,7 +1321,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, monkeypatch, c
     """Ctrl-C after the second checkpoint of four: one line says how to go on, and the weights are
     those of the run that was never stopped, bit for bit. (data/soak.py does it with kills.)"""
     assert program("--name", "whole", *options) == 0
-    save, saved = vlmrm.save_checkpoint, []
+    save, saved = plumbing.save_checkpoint, []
 
     def save_and_stop(*arguments):
         save(*arguments)
@@ -1329,9 +1329,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, monkeypatch, c
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(vlmrm, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(plumbing, "save_checkpoint", save_and_stop)
     assert program("--name", "stopped", *options) == 130
-    monkeypatch.setattr(vlmrm, "save_checkpoint", save)
+    monkeypatch.setattr(plumbing, "save_checkpoint", save)
     folder = tmp_path / "stopped"
     assert f'go on with: vlmrm.main(["--resume", {str(folder)!r}])' in capsys.readouterr().err
     assert not (folder / "metrics.json").exists()
@@ -1363,9 +1363,9 @@ def test_resume_refuses_what_it_cannot_go_on_with(program, tmp_path, monkeypatch
     checkpoint.write_bytes(whole[:5000])
     refused("cannot go on from")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    vlmrm.write_json(tmp_path / "run" / "config.json", config | {"data_sha256": "other"})
+    plumbing.write_json(tmp_path / "run" / "config.json", config | {"data_sha256": "other"})
     refused("other settings or data (data_sha256)")
-    vlmrm.write_json(tmp_path / "run" / "config.json", config | {"data": "gone.npz"})
+    plumbing.write_json(tmp_path / "run" / "config.json", config | {"data": "gone.npz"})
     refused("no data set at gone.npz")
 
 
@@ -1379,15 +1379,15 @@ def test_what_was_trained_survives_a_problem_after_it(program, tmp_path, monkeyp
 
 
 def test_two_runs_into_one_folder(program, tmp_path, capsys):
-    with vlmrm.locked(tmp_path / "run"):
-        vlmrm.write_json(tmp_path / "run" / "config.json", vlmrm.configuration(
+    with plumbing.locked(tmp_path / "run"):
+        plumbing.write_json(tmp_path / "run" / "config.json", vlmrm.configuration(
             vlmrm.parse_arguments(["--steps", "4", "--batch", "2"])))
         assert program("--name", "run") == 2
         assert "exists: choose another --name" in capsys.readouterr().err
         args = vlmrm.parse_arguments(["--steps", "4", "--batch", "2"])
         with pytest.raises(vlmrm.InputError, match="in use by another process"):
             vlmrm.run(args, *vlmrm.load_data(args), 0.0, tmp_path / "run")
-    with vlmrm.locked(tmp_path / "run"):  # free again
+    with plumbing.locked(tmp_path / "run"):  # free again
         pass
 
 
@@ -1407,8 +1407,7 @@ def test_a_full_disk_ends_in_one_line(program, tmp_path, monkeypatch, capsys, wr
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlmrm")]
     assert len(lines) == 1 and "No space left" in lines[0]
     folder = tmp_path / "full"
-    assert not [path for path in folder.iterdir() if "unfinished" in path.name]
-    assert not (folder / "metrics.json").exists()
+    assert not list(folder.glob("*unfinished*")) and not (folder / "metrics.json").exists()
     if writes:
         monkeypatch.setattr(os, "fsync", fsync)
         assert vlmrm.main(["--resume", str(folder)]) == 0
@@ -1424,9 +1423,9 @@ def test_a_folder_that_cannot_be_written(program, tmp_path, capsys):
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file.json"
-    vlmrm.write_json(path, {"old": 1})
+    plumbing.write_json(path, {"old": 1})
     with pytest.raises(ZeroDivisionError):
-        with vlmrm.whole_file(path) as unfinished:
+        with plumbing.whole_file(path) as unfinished:
             unfinished.write_text('{"new":')
             1 / 0
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
@@ -1578,8 +1577,8 @@ def test_load_reward_model(finished, frames, tmp_path):
     with pytest.raises(vlmrm.InputError, match="not the folder of a run"):
         vlmrm.load_reward_model(HERE / "data")
     shutil.copytree(finished[0], tmp_path / "run")  # adapters, and then other weights beneath them
-    config = vlmrm.read_config(finished[0]) | {"weights_sha256": "other"}
-    vlmrm.write_json(tmp_path / "run" / "config.json", config)
+    config = plumbing.read_config(finished[0]) | {"weights_sha256": "other"}
+    plumbing.write_json(tmp_path / "run" / "config.json", config)
     with pytest.raises(vlmrm.InputError, match="adapts other weights"):
         vlmrm.load_reward_model(tmp_path / "run")
 
@@ -1876,7 +1875,7 @@ def test_readme_commands_run(line, toy, finished, tmp_path, monkeypatch, small_s
         return
     if "--resume" in arguments:
         Path("runs/triplet-seed0").mkdir(parents=True)
-        vlmrm.write_json(Path("runs/triplet-seed0/config.json"), vlmrm.configuration(
+        plumbing.write_json(Path("runs/triplet-seed0/config.json"), vlmrm.configuration(
             vlmrm.parse_arguments(["--steps", "2", "--batch", "3", "--data", str(toy.path)])) | {
             "data": str(toy.path), "instructions": str(vlmrm.DATA / "instructions.json"),
             "device": "cpu"})
@@ -1982,7 +1981,7 @@ def test_readme_and_header_show_the_saved_results():
 
 def test_saved_results_are_of_this_code_and_data(monkeypatch):
     """The settings of every saved run are what the program would use now."""
-    monkeypatch.setattr(vlmrm, "checksum", functools.cache(vlmrm.checksum))  # of the same two files
+    monkeypatch.setattr(plumbing, "checksum", functools.cache(plumbing.checksum))  # of two files
     results = json.loads((HERE / "data" / "results" / "results.json").read_text())
     for result in results:
         args = vlmrm.parse_arguments([

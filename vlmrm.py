@@ -19,8 +19,9 @@ Expect of triplet (mean ± std of seeds 0, 1, 2; torch 2.15 on two cores of an A
     VOC (order of an expert's frames, 1 is best)       0.93 ± 0.00 seen tasks, 0.55 ± 0.04 unseen
     ranking accuracy (chance .5)                       0.77 ± 0.01 seen tasks, 0.65 ± 0.02 unseen
 
-In order: 0 command line, 1 data, 2 backbone, 3 objectives, 4 training, 5 metrics, 6 a run, 7 use.
-Many runs at once (study, tuning, ensembles) are data/study.py, tables and pictures data/report.py.
+In order: 1 data, 2 backbone, 3 objectives, 4 training, 5 metrics, 6 a run, 7 use. What is no part
+of the lesson lies in data/: options.py, plumbing.py (messages, files, checkpoints), report.py
+(tables, pictures), study.py (many runs: study, tuning, ensembles), score.py (videos).
 
 Notation: cos(a, b) is the cosine and |a - b| the Euclidean distance of two embeddings, o a frame,
 l an instruction, l' that of another video, t the share of the episode that has passed, V or r a
@@ -39,9 +40,7 @@ STARTED = time.perf_counter()  # the wall time of a run counts its imports
 import argparse
 import contextlib
 import copy
-import difflib
 import functools
-import hashlib
 import importlib.util
 import io
 import json
@@ -51,11 +50,9 @@ import multiprocessing
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import warnings
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,164 +67,39 @@ import numpy as np
 
 DATA = Path(__file__).resolve().parent / "data"
 
-# -----------------------------------------------------------------------------
-# 0. The command line: what this file can be asked to do. On a first reading, skip to section 1.
-
 
 class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
 
 
-def progress_bar(*items, **options):
-    """tqdm; without a terminal, in a log file, a line every 20 s instead of ten a second."""
-    terminal = sys.stderr.isatty()
-    return tqdm(*items, dynamic_ncols=terminal, mininterval=0.1 if terminal else 20, **options)
+@functools.cache
+def companion(name: str):
+    """The module data/<name>.py, for what is no part of the lesson.
+
+    It may `import vlmrm`: run as a program this file is called __main__, and would be loaded a
+    second time, so it gets this name too.
+    """
+    sys.modules.setdefault("vlmrm", sys.modules[__name__])
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def unknown(kind: str, name: str, known: list[str]) -> InputError:
-    """The error for a name that does not exist: the nearest ones that do."""
-    near = difflib.get_close_matches(name, known, 5, cutoff=0)
-    return InputError(f"unknown {kind} {name!r}; the nearest names are {', '.join(near)}")
-
-
-def one_line(problem) -> str:
-    """What is wrong, without line breaks: names that were typed may have some."""
-    return " ".join(str(problem).split())
-
-
-def first_line(problem: Exception, length: int) -> str:
-    """The beginning of what another library says is wrong, or its kind if it says nothing."""
-    return (str(problem).strip() or repr(problem)).splitlines()[0][:length]
-
-
-def number(kind: type, minimum: float, maximum: float = 10**6):
-    """A type for argparse: int or float, from `minimum` to `maximum`."""
-    def value(text: str):
-        if not minimum <= (found := kind(text)) <= maximum:  # nan fails this too
-            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
-        return found
-    value.__name__ = "whole number" if kind is int else "number"  # as argparse will call it
-    return value
-
-
-def plain_name(text: str) -> str:
-    """A type for argparse: the name of a folder, not a path."""
-    if text in ("", "..") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; --runs chooses the folder")
-    return text
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, from argv or the command line. Bad ones end in one line and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description="Train and test vision-language reward models on Meta-World, one learning "
-                    "objective at a time.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda problem: parser.exit(2, f"vlmrm: {one_line(problem)}; see --help\n")
-    what = parser.add_argument_group("what to do")
-    what.add_argument("--objective", default="triplet", metavar="NAME",
-                      help="what to train the backbone with, then evaluate: triplet, preference, "
-                           "progress, clip, decisionnce-p, decisionnce-t, vlc, tcn, r3m, vip, liv, "
-                           "hilp, tcn-text, vip-text, hilp-text, preference-oracle; without "
-                           "training zeroshot, goal-baseline, clock, moved; all compares them")
-    modes = what.add_mutually_exclusive_group()
-    modes.add_argument("--resume", type=Path, metavar="FOLDER",
-                       help="go on with a run that was stopped; all settings come from its folder")
-    modes.add_argument("--score", type=Path, metavar="VIDEO", help="reward every frame of a video, "
-                       "GIF, image or folder of images, with a trained --model")
-    modes.add_argument("--tune", action="store_true",
-                       help="try the grid of the objective on validation episodes instead")
-    modes.add_argument("--ensemble", type=number(int, 2), metavar="N",
-                       help="combine N models of the objective, and pick the best of many frames")
-    modes.add_argument("--collect", action="store_true", help="make a data set instead")
-    what.add_argument("--seed", type=number(int, 0, 10**5), default=0, help="of all that is random")
-    what.add_argument("--seeds", type=number(int, 1), default=3,
-                      help="how many, from --seed on, with --objective all")
-    backbone = parser.add_argument_group("backbone")
-    backbone.add_argument("--backbone", default="tiny", help="tiny, thumbnail, or any of open_clip")
-    backbone.add_argument("--pretrained", help="open_clip tag, checkpoint file, or 'none' for "
-                          "random weights; not given, tiny takes its own from data/")
-    backbone.add_argument("--lora", type=number(int, 0, 1024), default=0, metavar="RANK",
-                          help="train low-rank adapters of this rank; 0 trains every weight")
-    training = parser.add_argument_group("training")
-    training.add_argument("--data", type=Path, default=DATA / "metaworld.npz", help="data set")
-    training.add_argument("--instructions", type=Path, default=DATA / "instructions.json",
-                          help="the sentences of its tasks")
-    training.add_argument("--steps", type=number(int, 1), default=120, help="optimiser steps")
-    training.add_argument("--batch", type=number(int, 1), default=40, help="videos, 5 frames each")
-    training.add_argument("--setting", choices=("tuned", "faithful"), default="tuned",
-                          help="constants chosen on validation episodes, or the official ones")
-    training.add_argument("--learning-rate", type=number(float, 1e-9, 10),
-                          help="peak, AdamW; not given, that of the setting")
-    training.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-                          help="auto takes the first there is")
-    training.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    training.add_argument("--name", type=plain_name, help="of the run's own folder; not given, "
-                          "objective and seed, or study")
-    add_other_options(parser)
-    args = parser.parse_args(argv)
-    refuse_idle_options(parser, args)
-    return args
-
-
-def add_other_options(parser: argparse.ArgumentParser) -> None:
-    """The options of what is not training."""
-    reward = parser.add_argument_group("reward of goal-baseline")
-    reward.add_argument("--alpha", type=number(float, 0, 1), default=0.5,
-                        help="0 is the cosine, 1 the direction from baseline to goal alone")
-    reward.add_argument("--baseline", default="a robot arm over a table", help="the scene before")
-    use = parser.add_argument_group("use (with --score)")
-    use.add_argument("--instruction", help="what the video should show")
-    use.add_argument("--model", type=Path, default=Path("runs/triplet-seed0"), metavar="FOLDER",
-                     help="the run whose model scores")
-    collection = parser.add_argument_group("collection (with --collect)")
-    collection.add_argument("--tasks", nargs="+", default=[], metavar="TASK",
-                            help="such as drawer-open-v3; none means all 50")
-    collection.add_argument("--expert", type=number(int, 1, 1000), default=14,
-                            help="experts per task")
-    collection.add_argument("--mixed", type=number(int, 0, 1000), default=6,
-                            help="mixed episodes per task")
-    collection.add_argument("--frames", type=number(int, 5), default=24, help="frames per episode")
-    collection.add_argument("--size", type=number(int, 8), default=96, help="pixels, square")
-    collection.add_argument("--vary", action="store_true",
-                            help="another camera, other colours and light in each episode")
-    collection.add_argument("--output", type=Path, default=Path("collected.npz"), help="data set")
-    collection.add_argument("--workers", type=number(int, 1), default=os.cpu_count(),
-                            help="processes")
-
-
-def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End in one line if an option was given that belongs to something else."""
-    use = {"instruction", "model"}
-    collection = {"tasks", "expert", "mixed", "frames", "size", "vary", "output",
-                  "workers"}
-    obeyed = {"score": use | {"device"}, "collect": collection | {"seed", "instructions"},
-              "resume": {"device"}}
-    mode = next((mode for mode in obeyed if getattr(args, mode)), "training")
-    idle = set(vars(args)) - obeyed.get(mode, set(vars(args)) - use - collection) - {mode}
-    if args.objective != "all":
-        idle |= {"seeds"} | ({"alpha", "baseline"} if args.objective != "goal-baseline" else set())
-    if args.tune:
-        idle |= {"learning_rate", "setting", "seeds", "alpha", "baseline"}
-    for option in sorted(idle):
-        if getattr(args, option) != parser.get_default(option):
-            parser.error(f"--{option.replace('_', '-')} has no effect here")
-
-
+parse_arguments = companion("options").parse_arguments
 if __name__ == "__main__":
     parse_arguments()  # answers --help and typing errors before the imports below, which take 4 s
 
 import open_clip  # the CLIP architectures and tokenizers
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout  # torch brings it along
 from PIL import Image  # WebP, and --score's pictures
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from scipy.stats import rankdata
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from tqdm import tqdm
+
+plumbing = companion("plumbing")  # messages, files written whole, checkpoints, a run's folder
 
 # -----------------------------------------------------------------------------
 # 1. Dataset collection
@@ -329,7 +201,7 @@ def open_task(task: str, size: int):
         from metaworld.policies import ENV_POLICY_MAP as policies
 
         if task not in policies:
-            raise unknown("task", task, list(policies))
+            raise plumbing.unknown("task", task, list(policies))
         env = environments[task + "-goal-observable"](seed=0)
         env.model.vis.quality.offsamples = 0  # multisampling; read when the renderer is made
         env.model.vis.global_.offwidth = env.model.vis.global_.offheight = size
@@ -342,8 +214,8 @@ def open_task(task: str, size: int):
         raise
     except Exception as problem:  # graphics libraries fail in many ways
         raise InputError(
-            f"cannot render ({first_line(problem, 80)}): most often for want of an OpenGL library. "
-            "On Debian or Ubuntu run 'apt-get install libosmesa6'; with an NVIDIA GPU set "
+            f"cannot render ({plumbing.first_line(problem, 80)}): most often for want of an OpenGL "
+            "library. On Debian or Ubuntu run 'apt-get install libosmesa6'; with an NVIDIA GPU set "
             "MUJOCO_GL=egl") from None
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
@@ -448,7 +320,7 @@ def collect(args: argparse.Namespace) -> None:
     known = sorted(load_instructions(args.instructions))
     for task in args.tasks:
         if task not in known:
-            raise unknown("task", task, known)
+            raise plumbing.unknown("task", task, known)
     if args.frames * args.size > 16383:
         raise InputError(f"--frames {args.frames} of --size {args.size} do not fit into one WebP "
                          "strip: their product may be 16383 at most")
@@ -461,7 +333,7 @@ def collect(args: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")  # a forked process inherits a broken GL state
     heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for us, not for the workers
     with context.Pool(min(args.workers, len(jobs))) as pool, \
-            progress_bar(jobs, desc="collecting", unit="task") as bar:
+            plumbing.progress_bar(jobs, desc="collecting", unit="task") as bar:
         signal.signal(signal.SIGINT, heed)
         workers, results = multiprocessing.active_children(), pool.imap(collect_task, jobs)
         for _ in bar:
@@ -505,21 +377,8 @@ def write_dataset(path: Path, episodes: list[dict]) -> None:
         np.int16 if fields["steps"].max() < 2**15 else np.int32)
     fields["offsets"] = np.cumsum([0, *map(len, strips)])
     fields["strips"] = np.frombuffer(b"".join(strips), np.uint8)
-    with whole_file(Path(path)) as unfinished, open(unfinished, "wb") as file:
+    with plumbing.whole_file(Path(path)) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **fields)  # uncompressed: Dataset reads single episodes from the middle
-
-
-@contextlib.contextmanager
-def whole_file(path: Path):
-    """Write a file whole or not at all: under another name, which is then changed to this one."""
-    unfinished = path.with_stem(path.stem + ".unfinished")
-    try:
-        yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before its name says that it is there
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class Dataset:
@@ -536,12 +395,12 @@ class Dataset:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.start = self.start_of_strips()
+            self.start, self.length = plumbing.find_strips(path)
             with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
                 for name in (*EPISODE, "offsets"):
                     setattr(self, name, file[name])
             self.E, self.T = self.rewards.shape
-            self.check()
+            plumbing.check_dataset(self)
             height, self.S = self.strip(0).shape[:2]
             if height != self.T * self.S:
                 raise ValueError(f"an episode of {self.T} frames has {height} x {self.S} pixels")
@@ -550,7 +409,7 @@ class Dataset:
                              f"--output {path}") from None
         except Exception as problem:  # damage surfaces in zip, numpy, Python's tokenizer or WebP
             raise InputError(f"{path} is not a data set of this program: "
-                             f"{first_line(problem, 150)}") from None
+                             f"{plumbing.first_line(problem, 150)}") from None
         # Unpacking an episode takes 2 ms, so those that frames() gave last stay unpacked: all that
         # training needs of the default data, and a bound for any other.
         episodes = self.BUFFER // (3 * self.T * self.S**2)
@@ -595,41 +454,6 @@ class Dataset:
         for field, value in wanted.items():
             keep &= getattr(self, field) == value
         return np.flatnonzero(keep)
-
-    def start_of_strips(self) -> int:
-        """Where in the file the bytes of the array `strips` begin."""
-        with zipfile.ZipFile(self.path) as archive:
-            entry = archive.getinfo("strips.npy")
-            with archive.open(entry) as array:
-                np.lib.format.read_magic(array)
-                (self.n_bytes,), _, dtype = np.lib.format.read_array_header_1_0(array)
-                header = array.tell()
-        if dtype != np.uint8 or entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("strips must be bytes, and not compressed")
-        with open(self.path, "rb") as file:  # name and extra field come before the array itself
-            file.seek(entry.header_offset + 26)
-            return entry.header_offset + 30 + int(np.fromfile(file, "<u2", 2).sum()) + header
-
-    def check(self) -> None:
-        """Raise ValueError, with the reason, where the arrays are not what the docstring says."""
-        for name, kinds, shape in (
-                ("task", "U", (self.E,)), ("split", "U", (self.E,)), ("source", "U", (self.E,)),
-                ("seed", "iu", (self.E,)), ("offsets", "iu", (self.E + 1,)),
-                ("rewards", "f", (self.E, self.T)), ("success", "b", (self.E, self.T)),
-                ("steps", "iu", (self.E, self.T))):
-            array = getattr(self, name)
-            if array.dtype.kind not in kinds or array.shape != shape:
-                raise ValueError(f"{name} is {array.dtype} {array.shape}, and should be {shape}")
-        if self.E == 0 or self.T < 5:
-            raise ValueError(f"{self.E} episodes of {self.T} frames; training takes 5 frames each")
-        if not np.isfinite(self.rewards).all():
-            raise ValueError("some rewards are not finite")
-        if odd := {*self.split} - {"train", "validation", "test"} | {*self.source} - {
-                "expert", "mixed"}:
-            raise ValueError(f"unknown split or source '{sorted(odd)[0]}'")
-        if (self.offsets[0], self.offsets[-1]) != (0, self.n_bytes) or (
-                np.diff(self.offsets.astype(np.int64)) <= 0).any():
-            raise ValueError("the offsets of the episodes do not fit the strips")
 
 
 # -----------------------------------------------------------------------------
@@ -762,12 +586,12 @@ def build_backbone(name: str, pretrained: str | None) -> RewardModel:
         model = RewardModel(clip, tokenizer)
         pretrained = pretrained or str(DATA / "tiny.safetensors")
         if pretrained != "none":
-            load_weights(model, Path(pretrained))
+            plumbing.load_weights(model, Path(pretrained))
         if name == "thumbnail":
             clip.visual = Thumbnail()
         return model
     if name not in open_clip.list_models():
-        raise unknown("backbone", name, ["tiny", "thumbnail", *open_clip.list_models()])
+        raise plumbing.unknown("backbone", name, ["tiny", "thumbnail", *open_clip.list_models()])
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or not (pretrained in ["none", *tags] or Path(pretrained).is_file()):
         given = f"has no weights {pretrained!r}" if pretrained else "needs --pretrained"
@@ -784,9 +608,9 @@ def build_backbone(name: str, pretrained: str | None) -> RewardModel:
     except ImportError as problem:
         raise InputError(f"{name} needs another package: {problem}") from None
     except Exception as problem:  # hubs fail in as many ways as there are network libraries
-        raise InputError(f"cannot load {name} / {pretrained}: {first_line(problem, 120)}. Without "
-                         "a network, download the checkpoint elsewhere; --pretrained takes its "
-                         "path") from None
+        raise InputError(f"cannot load {name} / {pretrained}: {plumbing.first_line(problem, 120)}. "
+                         "Without a network, download the checkpoint elsewhere; --pretrained takes "
+                         "its path") from None
     finally:
         logging.disable(logging.NOTSET)
 
@@ -829,34 +653,6 @@ def merge_lora(model: nn.Module) -> None:
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-
-
-def unfrozen(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of the model without its frozen weights: all that a run has to remember."""
-    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    return {name: state.cpu().contiguous() for name, state in model.state_dict().items()
-            if name not in frozen}
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write all that is not frozen: with LoRA the adapters and the normalisation alone."""
-    with whole_file(path) as unfinished:
-        unfinished.write_bytes(save(unfrozen(model)))
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Read back what save_weights() wrote. Raises InputError if the file does not fit the model."""
-    try:
-        weights = load_file(path)
-        if odd := sorted(set(weights) ^ set(unfrozen(model))):
-            raise ValueError(f"{len(odd)} weights too many or missing, such as {odd[0]}")
-        if odd := [name for name, weight in weights.items() if not weight.isfinite().all()]:
-            raise ValueError(f"{odd[0]} is not finite")
-        model.load_state_dict(weights, strict=False)
-    except FileNotFoundError:
-        raise InputError(f"no weights at {path}") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        raise InputError(f"{path} does not fit this model: {one_line(problem)[:200]}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -1399,11 +1195,11 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
         weights, lr=learning_rate, weight_decay=0.01, fused=device.type in ("cuda", "cpu"))
     log, latest, warmup = [], "?", max(1, steps // 10)
     if checkpoint and checkpoint.exists():
-        log = load_checkpoint(checkpoint, model, optimizer)
+        log = plumbing.load_checkpoint(checkpoint, model, optimizer)
         for _ in log:  # draw again what was drawn: the generator then stands where it stood
             sample_batch(episodes, data.T, rng, batch)
     model.train()
-    with progress_bar(range(len(log) + 1, steps + 1), initial=len(log), total=steps,
+    with plumbing.progress_bar(range(len(log) + 1, steps + 1), initial=len(log), total=steps,
                       desc="training", unit="step") as bar:
         for step in bar:
             began = time.perf_counter()
@@ -1428,7 +1224,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, *, 
                 latest = f"{voc:.2f}"
                 model.train()
             if checkpoint and (step % max(1, steps // 10) == 0 or step == steps):
-                save_checkpoint(checkpoint, model, optimizer, log)
+                plumbing.save_checkpoint(checkpoint, model, optimizer, log)
             # The VOC is the latest there is, as of a fifth of the steps ago at most.
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", validation_voc=latest, refresh=False)
     return log
@@ -1449,40 +1245,6 @@ def check_gradient(step: int, loss: float, norm: float) -> None:
     if step == 1 and norm == 0:
         raise InputError("the objective gives no gradient; if it compares videos, it needs a "
                          "larger --batch")
-
-
-def save_checkpoint(path: Path, model: nn.Module, optimizer, log: list[dict]) -> None:
-    """Write all that the next step depends on (on a CPU), whole or not at all."""
-    tensors = {f"model.{name}": state for name, state in unfrozen(model).items()}
-    for i, states in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": state for name, state in states.items()}
-    with whole_file(path) as unfinished:
-        unfinished.write_bytes(save(tensors | {"generator": torch.get_rng_state()},
-                                    metadata={"log": json.dumps(log)}))
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer) -> list[dict]:
-    """Put model and optimiser where save_checkpoint() left them. Returns the log.
-
-    Raises InputError if the file is damaged or does not fit the model.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            log, weights, states = json.loads(file.metadata()["log"]), {}, {}
-            for key in file.keys():
-                kind, _, name = key.partition(".")
-                if kind == "model":
-                    weights[name] = file.get_tensor(key)
-                elif kind == "optimizer":
-                    i, name = name.split(".")
-                    states.setdefault(int(i), {})[name] = file.get_tensor(key)
-            torch.set_rng_state(file.get_tensor("generator"))
-        model.load_state_dict(weights, strict=False)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as problem:
-        raise InputError(f"cannot go on from {path}: {str(problem)[:150]!r}; remove it to start "
-                         "from the beginning") from None
-    return log
 
 
 # -----------------------------------------------------------------------------
@@ -1706,7 +1468,7 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, own_reward=None
     names, test = list(sentences), data.select(split="test")
     texts = model.embed_texts([sentences[name]["instruction"] for name in names]).cpu()  # (M, D)
     rng, rows, preferred, values = np.random.default_rng(0), {}, np.zeros(len(test), int), {}
-    for task in progress_bar(np.unique(data.task[test]), desc="evaluating", unit="task",
+    for task in plumbing.progress_bar(np.unique(data.task[test]), desc="evaluating", unit="task",
                              leave=False, disable=None):  # None: not where there is no terminal
         where = np.flatnonzero(data.task[test] == task)
         mine, own = test[where], names.index(task)
@@ -1776,24 +1538,15 @@ def configuration(args: argparse.Namespace) -> dict:
     learning_rate, constants = tuned.get(args.objective, (LEARNING_RATE, {}))
     return {key: getattr(args, key) for key in SETTINGS} | {
         "learning_rate": args.learning_rate or learning_rate, "constants": constants,
-        "data_sha256": checksum(args.data),
-        "instructions_sha256": checksum(args.instructions),
+        "data_sha256": plumbing.checksum(args.data),
+        "instructions_sha256": plumbing.checksum(args.instructions),
         "weights_sha256": weights_checksum(args.pretrained)}
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while some := file.read(2**24):  # it may be larger than memory
-            digest.update(some)
-    return digest.hexdigest()
 
 
 def weights_checksum(pretrained: str | None) -> str | None:
     """SHA-256 of the weights that a run starts from; None for a tag, which is no file here."""
     path = Path(pretrained or DATA / "tiny.safetensors")
-    return checksum(path) if path.is_file() else None
+    return plumbing.checksum(path) if path.is_file() else None
 
 
 def prepare_model(args: argparse.Namespace) -> RewardModel:
@@ -1822,71 +1575,6 @@ def own_reward_of(args: argparse.Namespace, model: RewardModel):
     }.get(args.objective)
 
 
-@functools.cache
-def companion(name: str):
-    """The module data/<name>.py: report (tables, pictures), study (many runs), score (videos).
-
-    They say `import vlmrm`. Run as a program this file is called __main__, and would be loaded a
-    second time: so it gets this name too.
-    """
-    sys.modules.setdefault("vlmrm", sys.modules[__name__])
-    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a dictionary, arrays in it as lists, whole or not at all."""
-    text = json.dumps(content, indent=1, default=lambda array: array.tolist())
-    with whole_file(path) as unfinished:
-        unfinished.write_text(text + "\n", encoding="utf-8")
-
-
-def read_config(folder: Path) -> dict:
-    """The settings of a run. Raises InputError when the folder is no run."""
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder} is not the folder of a run: it has no config.json")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if lacking := {"objective", "backbone", "pretrained", "lora"} - set(config):
-            raise ValueError(f"config.json lacks {sorted(lacking)[0]}")
-    except (OSError, ValueError, TypeError) as problem:
-        raise InputError(f"{folder}/config.json is damaged: {problem!r}") from None
-    return config
-
-
-def refuse_other_settings(folder: Path, config: dict) -> None:
-    """Raise InputError unless the run in the folder was made with these settings."""
-    made = read_config(folder)
-    if odd := [key for key in config if made.get(key) != config[key]]:
-        raise InputError(f"{folder} was made with other settings or data ({', '.join(odd)}): "
-                         "choose another --name, or remove it")
-
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Keep other processes out of a run's folder. Raises InputError when one is in there.
-
-    The system lets go of the lock when its owner dies, however it dies. A new folder is removed
-    again if what it was made for cannot even begin.
-    """
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", blocking=False):
-            try:
-                yield
-            except Exception:
-                if new and not (folder / "checkpoint.safetensors").exists():
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            with contextlib.suppress(OSError):  # Windows does not remove what is open
-                (folder / "lock").unlink()
-    except Timeout:
-        raise InputError(f"{folder} is in use by another process: choose another --name") from None
-
-
 def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float,
         folder: Path) -> dict:
     """Train one objective, evaluate it, and leave everything in a folder. Returns the report.
@@ -1897,14 +1585,14 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
     """
     config = configuration(args)
     if (folder / "config.json").exists():
-        refuse_other_settings(folder, config)
+        plumbing.refuse_other_settings(folder, config)
     if loss := OBJECTIVES[args.objective]:
         training_episodes(data, args.batch)  # refuses what cannot be, before there is a folder
     model = prepare_model(args)
     for entry in sentences.values():
         model.check_length([entry["instruction"], *entry["paraphrases"]])
-    with locked(folder):
-        write_json(folder / "config.json", config | {
+    with plumbing.locked(folder):
+        plumbing.write_json(folder / "config.json", config | {
             "data": str(args.data), "instructions": str(args.instructions),
             "device": model.mean.device.type, "cores": os.cpu_count(), "torch": torch.__version__,
             "open_clip": open_clip.__version__, "python": platform.python_version(),
@@ -1918,18 +1606,18 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
                     seed=args.seed, oracle=args.objective in ORACLES,
                     checkpoint=folder / "checkpoint.safetensors") if loss else []
         report = evaluate(model, data, sentences, own_reward_of(args, model))
-        save_weights(model, folder / "model.safetensors")
-        with whole_file(folder / "curves.png") as unfinished:
+        plumbing.save_weights(model, folder / "model.safetensors")
+        with plumbing.whole_file(folder / "curves.png") as unfinished:
             companion("report").draw_curves(
                 report, data, sentences, f"{args.objective}: rewards of test episodes over time",
                 unfinished)
-        with whole_file(folder / "rewards.npz") as unfinished:
+        with plumbing.whole_file(folder / "rewards.npz") as unfinished:
             np.savez(unfinished, episodes=report["episodes"], preferred=report["preferred"],
                      **{prefix + "values": values for prefix, values in report["values"].items()})
         report |= {"wall_seconds": round(time.perf_counter() - started, 1),
                    "frames_per_second": round(5 * args.batch / np.median(
                        [entry["seconds"] for entry in log])) if log else None}
-        write_json(folder / "metrics.json", {  # last: a folder that has it is whole
+        plumbing.write_json(folder / "metrics.json", {  # last: a folder that has it is whole
             "objective": args.objective, "seed": args.seed} | {
             key: report[key] for key in ("wall_seconds", "frames_per_second", "seen", "unseen",
                                          "tasks")} | {"log": log})
@@ -1940,12 +1628,12 @@ def run(args: argparse.Namespace, data: Dataset, sentences: dict, started: float
 def check_objective(name: str) -> None:
     """Raise InputError unless there is such an objective."""
     if name not in [*OBJECTIVES, "all"]:
-        raise unknown("objective", name, [*OBJECTIVES, "all"])
+        raise plumbing.unknown("objective", name, [*OBJECTIVES, "all"])
 
 
 def settings_in(folder: Path, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with which the unfinished run in the folder was started, for --resume."""
-    made = read_config(folder)
+    made = plumbing.read_config(folder)
     if (folder / "metrics.json").exists():
         raise InputError(f"the run in {folder} is finished: there is nothing to go on with")
     check_objective(made["objective"])
@@ -2002,14 +1690,14 @@ def load_reward_model(run_dir: str | Path, device: str = "auto") -> RewardModel:
     on, from the same place as then. Raises InputError when the folder is no run or its weights do
     not fit.
     """
-    config = read_config(Path(run_dir))
+    config = plumbing.read_config(Path(run_dir))
     backbone, pretrained, lora = config["backbone"], config["pretrained"], config["lora"]
     if lora and config.get("weights_sha256", now := weights_checksum(pretrained)) != now:
         raise InputError(f"{run_dir} adapts other weights than those of {backbone} are now")
     model = build_backbone(backbone, pretrained if lora else "none")
     if lora:
         add_lora(model, lora)
-    load_weights(model, Path(run_dir) / "model.safetensors")
+    plumbing.load_weights(model, Path(run_dir) / "model.safetensors")
     merge_lora(model)
     return to_device(model, pick_device(device)).eval()
 
@@ -2066,7 +1754,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run_once(args)
     except (InputError, OSError) as problem:  # OSError: a full disk, a folder that is read-only
-        print(f"vlmrm: {one_line(problem)}", file=sys.stderr)
+        print(f"vlmrm: {plumbing.one_line(problem)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\nvlmrm: stopped{interrupt}", file=sys.stderr)

@@ -342,7 +342,7 @@ def main() -> None:
             "cores": os.cpu_count(), "torch": torch.__version__,
             "system": f"{platform.system()} {platform.machine()}",
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-        vlmrm.write_json(path, found)
+        vlmrm.plumbing.write_json(path, found)
 
 
 if __name__ == "__main__":

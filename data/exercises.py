@@ -221,11 +221,11 @@ def check_10(answer):
     mine, devices = {"seen": [], "unseen": []}, set()
     for seed in range(3):
         folder = ROOT / "runs" / "gpu" / f"{answer}-seed{seed}"
-        vlmrm.refuse_other_settings(folder, vlmrm.configuration(vlmrm.parse_arguments(
+        vlmrm.plumbing.refuse_other_settings(folder, vlmrm.configuration(vlmrm.parse_arguments(
             ["--objective", answer, "--seed", str(seed)])))
         if not (folder / "metrics.json").exists():
             return False, f"the run in {folder} is not finished"
-        devices.add(vlmrm.read_config(folder)["device"])
+        devices.add(vlmrm.plumbing.read_config(folder)["device"])
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         for group in mine:
             mine[group].append(metrics[group]["voc"]["value"])
@@ -265,8 +265,8 @@ def main() -> int:
     except Exception as problem:  # the reader's code may fail in any way
         lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__)
                  if Path(frame.filename).name == "answers.py"]
-        right, remark = False, f"{type(problem).__name__}: {vlmrm.first_line(problem, 200)}" + (
-            f" (answers.py, line {lines[-1]})" if lines else "")
+        what = f"{type(problem).__name__}: {vlmrm.plumbing.first_line(problem, 200)}"
+        right, remark = False, what + (f" (answers.py, line {lines[-1]})" if lines else "")
     print(f"{'right' if right else 'not yet'}: {remark}")
     return 0 if right else 1
 

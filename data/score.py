@@ -55,7 +55,7 @@ def read_frames(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise vlmrm.InputError(f"no video at {path}") from None
     except Exception as problem:  # every format has errors of its own
         raise vlmrm.InputError(f"cannot read {path} as a video: "
-                               f"{vlmrm.first_line(problem, 120)}") from None
+                               f"{vlmrm.plumbing.first_line(problem, 120)}") from None
     if shape is None:
         raise vlmrm.InputError(f"{path} has no pictures in it")
 
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     if not (args.model / "config.json").exists():
         raise vlmrm.InputError(f"no trained model in {args.model}: train one with 'python vlmrm.py "
                                "--objective triplet', or name another --model")
-    objective = vlmrm.read_config(args.model)["objective"]
+    objective = vlmrm.plumbing.read_config(args.model)["objective"]
     if objective in vlmrm.LANGUAGE_FREE:
         raise vlmrm.InputError(f"the model in {args.model} was trained by {objective}, which knows "
                                "no sentence: its cosine with one means nothing")
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         return
     video = args.score if args.score.name else args.score.resolve()  # "." has no name
     picture = video.with_name(video.name + "-rewards.png")
-    with vlmrm.whole_file(picture) as unfinished:
+    with vlmrm.plumbing.whole_file(picture) as unfinished:
         vlmrm.companion("report").draw_video(np.stack(thumbnails), np.array(rewards),
                                              args.instruction, unfinished)
     voc = vlmrm.value_order_correlation(np.array([rewards]))[0]

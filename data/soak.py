@@ -292,7 +292,7 @@ def main() -> None:
         found |= {"kills": kills(50, root, np.random.default_rng(0))}
     with tempfile.TemporaryDirectory() as folder:
         found |= {"bad inputs": answers(200, Path(folder), np.random.default_rng(0))}
-    vlmrm.write_json(HERE / "results" / "soak.json", found)
+    vlmrm.plumbing.write_json(HERE / "results" / "soak.json", found)
     print(json.dumps(found, indent=1))
 
 

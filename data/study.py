@@ -59,7 +59,7 @@ def finish(args: argparse.Namespace, data, sentences: dict, jobs: list) -> list[
         folders.append(folder)
         progress = f"[{len(folders)}/{len(jobs)}] {folder.name}"
         if (folder / "metrics.json").exists():
-            vlmrm.refuse_other_settings(folder, vlmrm.configuration(job))
+            vlmrm.plumbing.refuse_other_settings(folder, vlmrm.configuration(job))
             print(progress + ": done before")
         else:
             print(progress, flush=True)
@@ -106,7 +106,7 @@ def tune(args: argparse.Namespace, data, sentences: dict) -> None:
             scores[key] = round(
                 validation_by_goal_images(model, data) if objective in vlmrm.LANGUAGE_FREE
                 else vlmrm.validation_voc(model, data, sentences, every=1), 4)
-            vlmrm.write_json(path, found)
+            vlmrm.plumbing.write_json(path, found)
         print(f"{objective:18} {key:38} validation VOC {scores[key]:6.3f}")
         return scores[key]
 
@@ -247,7 +247,7 @@ def ensemble(args: argparse.Namespace, data, sentences: dict) -> None:
               f"{unseen['ranking_accuracy_within']['value']:15.2f}   "
               + " ".join(f"{pick:.2f}" for pick in unseen["best_of"]))
     path = folders[0].parent / f"ensemble-{args.objective}.json"
-    vlmrm.write_json(path, found)
+    vlmrm.plumbing.write_json(path, found)
     print(f"all figures are in {path}")
 
 
