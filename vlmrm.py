@@ -1067,7 +1067,7 @@ def goal_baseline_reward(frames, goal, baseline, alpha: float = 0.5) -> torch.Te
     return 1 - (along + (1 - alpha) ** 2 * across) / 2
 
 
-# To add an objective, write its function and give it a name here (and in the help of --objective).
+# To add an objective, write its function and name it here and in the help of data/options.py.
 OBJECTIVES = {
     "zeroshot": None,  # the backbone before fine-tuning; tiny has been warmed up with clip
     "goal-baseline": None,  # the same, with goal_baseline_reward()
