@@ -444,9 +444,14 @@ class Dataset:
     def load(self, episodes, every: int = 1) -> torch.Tensor:
         """Every n-th frame of some episodes, unpacked by all cores: uint8 (len(episodes),
         ceil(T / every), S, S, 3)."""
+        frames = np.empty((len(episodes), -(-self.T // every), self.S, self.S, 3), np.uint8)
+
+        def put(place):
+            frames[place] = self.unpack(episodes[place])[::every]
+
         with ThreadPoolExecutor() as threads:
-            frames = list(threads.map(lambda episode: self.unpack(episode)[::every], episodes))
-        return torch.from_numpy(np.stack(frames))
+            list(threads.map(put, range(len(episodes))))  # a list, or errors would go unseen
+        return torch.from_numpy(frames)
 
     def select(self, **wanted) -> np.ndarray:
         """Indices of the episodes that match: select(split="test", source="expert")."""

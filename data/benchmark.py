@@ -198,7 +198,7 @@ def evaluation() -> dict:
 
     def bare():
         way = bare_tower(model, pixels, backward=False)
-        return sum(way() for _ in range(frames // 480))
+        return sum(way() for _ in range(frames // 240))
 
     rates = in_turn(ours=ours, bare=bare)
     rng = np.random.default_rng(0)
