@@ -1674,6 +1674,47 @@ def test_study_and_ensemble(small_study, tmp_path, capsys):
     assert "was made with other settings or data (batch)" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def folds(sentences):
+    """The unseen tasks of each fold of data/robustness.py."""
+    unseen_of = vlmrm.companion("robustness").unseen_of
+    return [unseen_of(fold, list(sentences)) for fold in range(5)]
+
+
+def test_folds_leave_every_task_out_once(folds, sentences):
+    assert folds[0] == vlmrm.UNSEEN_TASKS and sorted(sum(folds, ())) == sorted(sentences)
+    saved = json.loads((HERE / "data" / "results" / "folds.json").read_text())
+    assert set(saved) == {*vlmrm.OBJECTIVES, "thumbnail"}
+    for row in saved.values():
+        assert list(map(set, row)) == list(map(set, folds))
+    runs, shown, _ = report.load(HERE / "data" / "results")  # fold 0 is the study's first seed
+    for name in LOSSES:
+        tasks = runs[name, shown[name]][0]["tasks"]
+        assert saved[name][0] == {task: tasks[task] for task in folds[0]}
+
+
+def test_a_fold_splits_the_episodes_anew(folds, sentences, shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(vlmrm, "UNSEEN_TASKS", folds[1])
+    vlmrm.companion("robustness").split_anew(tmp_path / "fold.npz")
+    data = vlmrm.Dataset(tmp_path / "fold.npz")
+    assert set(vlmrm.training_episodes(data, 40)) == set(sentences) - set(folds[1])
+    assert set(data.split[np.isin(data.task, folds[1])]) == {"test"}
+    assert (data.task == shipped.task).all() and data.packed(7) == shipped.packed(7)
+
+
+def test_folds_table_pairs_tasks():
+    """By hand: triplet leads by .5, .3 and -.2, so by .2 on average, and on two tasks of three. No
+    p can be below .25: of the 8 ways to flip three signs, two are as far from 0 as the farthest."""
+    def fold(**voc):
+        return {task: {"voc": v, "ranking_accuracy_within": 0.5} for task, v in voc.items()}
+
+    table = report.folds_table({"liv": [fold(b=0.2, a=0.4), fold(c=0.6)], "clock": [fold(a=1.0)],
+                                "triplet": [fold(a=0.9, b=0.5), fold(c=0.4)]}).splitlines()
+    assert table[2].startswith("| `triplet` | 0.60 [") and table[4].startswith("| `clock`")
+    assert "| +0.20 [" in table[3] and table[3].endswith("| 2 of 3 |")
+    assert float(table[3].split("|")[-3]) >= 0.25
+
+
 def test_tune_tries_four_settings_and_keeps_them(small_study, tmp_path, monkeypatch, capsys):
     for done_before in (False, True):
         assert small_study("--tune", "--objective", "triplet") == 0
@@ -1974,6 +2015,11 @@ def test_readme_and_header_show_the_saved_results():
                for group in ("seen", "unseen")]
     assert first["seed"] == 0
     assert "VOC {:.2f} and {:.2f}, ranking accuracy {:.2f} and {:.2f}".format(*figures) in README
+    folds = json.loads((HERE / "data" / "results" / "folds.json").read_text())["triplet"]
+    scores = [[task["voc"] for task in fold.values()] for fold in folds]
+    assert f"triplet's VOC on them is {np.mean(scores):.2f}".replace("0.", ".") in README
+    *first, last = (f"{np.mean(fold):.2f}".lstrip("0") for fold in scores)
+    assert f"a VOC of {', '.join(first)} and {last}," in README
     timing = json.loads((HERE / "data" / "results" / "benchmark.json").read_text())["default"]
     seconds = f"{np.median(timing['wall_seconds']):.0f} seconds"
     assert seconds in README and seconds in vlmrm.__doc__
