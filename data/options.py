@@ -107,8 +107,7 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
 def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End in one line if an option was given that belongs to something else."""
     use = {"instruction", "model"}
-    collection = {"tasks", "expert", "mixed", "frames", "size", "vary", "output",
-                  "workers"}
+    collection = {"tasks", "expert", "mixed", "frames", "size", "vary", "output", "workers"}
     obeyed = {"score": use | {"device"}, "collect": collection | {"seed", "instructions"},
               "resume": {"device"}}
     mode = next((mode for mode in obeyed if getattr(args, mode)), "training")

@@ -178,16 +178,19 @@ def of_reward(runs: list[dict], metric: str) -> str:
     return "own_" * ("own_voc" in runs[0]["seen"]) + metric
 
 
+def is_peer(row: str) -> bool:
+    """Whether a row is compared with triplet: it was trained, without the simulator's reward."""
+    return bool(vlmrm.OBJECTIVES.get(row)) and row not in vlmrm.ORACLES
+
+
 def against_triplet(runs, shown, group: str, metric: str):
-    """Each peer minus triplet, task by task: {objective: (tasks,)}, and corrected p-values. Peers
-    are the objectives that are trained, and without the simulator's reward."""
+    """Each peer minus triplet, task by task: {objective: (tasks,)}, and corrected p-values."""
     some = next(iter(runs.values()))[0]["tasks"]
     tasks = sorted(task for task in some
                    if metric in some[task] and vlmrm.group_of(task) == group)
     scores = {name: np.mean([[run["tasks"][task][metric] for task in tasks]
                              for run in runs[name, setting]], axis=0)
-              for name, setting in shown.items()
-              if vlmrm.OBJECTIVES.get(name) and name not in vlmrm.ORACLES}
+              for name, setting in shown.items() if is_peer(name)}
     return ({name: values - scores["triplet"] for name, values in scores.items()
              if name != "triplet"}, vlmrm.companion("study").paired_p_values(scores, "triplet"))
 
@@ -276,9 +279,8 @@ def varied_table(found: dict) -> str:
     return markdown(["experts per task", "backbone", "VOC, seen", "VOC, unseen",
                      "ranking within, seen", "ranking within, unseen"], [
         [experts, f"`{backbone}`", *(
-            "{:.2f} ± {:.2f}".format(np.mean(values), np.std(values, ddof=1))
-            for metric in ("voc", "ranking_accuracy_within") for group in ("seen", "unseen")
-            for values in [[run[group][metric] for run in runs]])]
+            cell(runs, group, metric, False) for metric in ("voc", "ranking_accuracy_within")
+            for group in ("seen", "unseen"))]
         for experts, backbones in found.items() for backbone, runs in backbones.items()])
 
 
@@ -289,8 +291,8 @@ def folds_table(found: dict) -> str:
                      for metric in ("voc", "ranking_accuracy_within")}
                for row, folds in found.items()}
     p = vlmrm.companion("study").paired_p_values(
-        {row: column["voc"] for row, column in columns.items() if row in ("thumbnail", "moved")
-         or vlmrm.OBJECTIVES.get(row) and row not in vlmrm.ORACLES}, "triplet")
+        {row: column["voc"] for row, column in columns.items()
+         if is_peer(row) or row in ("thumbnail", "moved")}, "triplet")
     rows = []
     for row in sorted(columns, key=lambda row: (
             not vlmrm.OBJECTIVES.get(row), -columns[row]["voc"].mean())):

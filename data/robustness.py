@@ -26,32 +26,27 @@ study = vlmrm.companion("study")
 SPLIT = vlmrm.UNSEEN_TASKS
 
 
-def vlmrm_main(*words) -> None:
-    """vlmrm.py with these options; ends this program too if it fails."""
-    if code := vlmrm.main([str(word) for word in words]):
-        sys.exit(code)
+def runs_of(options: list, folder: Path, jobs: list) -> list[Path]:
+    """The folders of some runs, which are done if they are not. jobs: (objective, setting, seed).
+    """
+    args = vlmrm.parse_arguments([
+        *options, "--runs", str(folder.parent), "--name", folder.name])
+    return study.finish(args, *vlmrm.load_data(args), jobs)
+
+
+def metrics_of(options: list, backbone: str, folder: Path, jobs: list) -> list[dict]:
+    """The metrics of some runs with tuned constants. jobs: (objective, seed)."""
+    return [json.loads((path / "metrics.json").read_text()) for path in runs_of(
+        [*options, "--backbone", backbone], folder / backbone,
+        [(objective, "tuned", seed) for objective, seed in jobs])]
 
 
 def warm_start(data: Path, folder: Path) -> list[str]:
     """Train tiny's starting weights on a data set, as those in data/ were. Returns the options that
     use both."""
-    weights = folder / "warmstart" / "model.safetensors"
-    if not (folder / "warmstart" / "config.json").exists():
-        vlmrm_main("--data", data, "--objective", "clip", "--setting", "faithful", "--pretrained",
-                   "none", "--steps", 300, "--learning-rate", 1e-3, "--runs", folder, "--name",
-                   "warmstart")
-    elif not (folder / "warmstart" / "metrics.json").exists():
-        vlmrm_main("--resume", folder / "warmstart")
-    return ["--data", str(data), "--pretrained", str(weights)]
-
-
-def runs_of(options: list, backbone: str, folder: Path, jobs: list) -> list[dict]:
-    """The metrics of some runs, which are done if they are not. jobs: (objective, seed)."""
-    args = vlmrm.parse_arguments([*options, "--backbone", backbone, "--runs", str(folder), "--name",
-                                  backbone])
-    folders = study.finish(args, *vlmrm.load_data(args), [
-        (objective, "tuned", seed) for objective, seed in jobs])
-    return [json.loads((path / "metrics.json").read_text()) for path in folders]
+    [made] = runs_of(["--data", str(data), "--pretrained", "none", "--steps", "300",
+                      "--learning-rate", "1e-3"], folder / "warmstart", [("clip", "faithful", 0)])
+    return ["--data", str(data), "--pretrained", str(made / "model.safetensors")]
 
 
 def unseen_of(fold: int, tasks: list[str]) -> tuple[str, ...]:
@@ -79,9 +74,9 @@ def folds(root: Path) -> dict:
             if not (folder / "metaworld.npz").exists():
                 split_anew(folder / "metaworld.npz")
             options = warm_start(folder / "metaworld.npz", folder)
-        rows = {metrics["objective"]: metrics for metrics in runs_of(
+        rows = {metrics["objective"]: metrics for metrics in metrics_of(
             options, "tiny", folder, [(objective, 0) for objective in vlmrm.OBJECTIVES])}
-        [rows["thumbnail"]] = runs_of(options, "thumbnail", folder, [("triplet", 0)])
+        [rows["thumbnail"]] = metrics_of(options, "thumbnail", folder, [("triplet", 0)])
         for row, metrics in rows.items():
             own = "own_" * ("own_voc" in metrics["unseen"])  # of what has a reward of its own
             found.setdefault(row, []).append({
@@ -92,20 +87,21 @@ def folds(root: Path) -> dict:
 
 
 def varied(root: Path) -> dict:
-    """{experts per task: {backbone: [of each seed {"seen", "unseen": {metric: score}}]}}, on data
-    of which every episode looks different."""
+    """{experts per task: {backbone: [of each seed {"seen", "unseen": {metric: {"value"}}}]}}, on
+    data of which every episode looks different."""
     found = {}
     for experts in (14, 56):
         folder = root / f"varied{experts}"
         if not (folder / "varied.npz").exists():
-            vlmrm_main("--collect", "--vary", "--expert", experts, "--output",
-                       folder / "varied.npz")
+            vlmrm.collect(vlmrm.parse_arguments(["--collect", "--vary", "--expert", str(experts),
+                                                 "--output", str(folder / "varied.npz")]))
         options = warm_start(folder / "varied.npz", folder)
         found[experts] = {backbone: [
-            {group: {metric: round(metrics[group][metric]["value"], 4)
+            {group: {metric: {"value": round(metrics[group][metric]["value"], 4)}
                      for metric in ("voc", "ranking_accuracy_within")}
              for group in ("seen", "unseen")}
-            for metrics in runs_of(options, backbone, folder, [("triplet", k) for k in range(3)])]
+            for metrics in metrics_of(options, backbone, folder,
+                                      [("triplet", seed) for seed in range(3)])]
             for backbone in ("tiny", "thumbnail")}
     return found
 
