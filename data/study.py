@@ -1,179 +1,111 @@
-"""Many runs of vlmrm.py: the study, its tuning, and several models as one.
+"""The runs behind the figures in data/results. It stays beside vlmrm.py to make them again, and is
+none of the lesson: `python vlmrm.py --objective all --seeds 3` compares objectives without it.
 
-    python vlmrm.py --objective all --seeds 3        compare all objectives: tables and pictures
-    python vlmrm.py --tune --objective all           choose their constants on validation episodes
-    python vlmrm.py --objective triplet --ensemble 5
+    python data/study.py study     all objectives, tuned and official, and a control: 90 minutes
+    python data/study.py tune      choose their constants on validation episodes: 50 minutes
+    python data/study.py folds     each task unseen in one of five folds: 80 minutes
 
-A comparison is a list of runs. Each has a folder of its own, and those that are finished are not
-done again: stop it when you like, the same command goes on.
+The times are of two cores. Options of vlmrm.py may follow (--seeds, --steps, --runs, --device, ...;
+tune also obeys --objective). The same command goes on with what was stopped.
 """
 import argparse
+import contextlib
 import functools
+import inspect
 import json
 import math
-import time
+import sys
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import vlmrm  # before torch: see there
+
 import numpy as np
-import scipy.special
 import scipy.stats
 import torch
 
-import vlmrm
-from vlmrm import InputError
+def all_objectives() -> dict[str, str]:
+    """{name: what get_objective() takes}, those of vlmrm.py and those of data/objectives/."""
+    return {name: name for name in vlmrm.OBJECTIVES} | {
+        path.stem: str(path) for path in sorted((HERE / "objectives").glob("*.py"))}
 
-# What --tune tries: three values of one constant of each objective, the official one first, at the
-# first learning rate, then the best of them at the second.
-LEARNING_RATES = (vlmrm.LEARNING_RATE, 5e-4)
-GRID = {
-    "clip": ("scale", (1 / 0.07, 5.0, 50.0)),
-    "tcn": ("temperature", (1.0, 0.3, 0.1)),
-    "tcn-text": ("temperature", (1.0, 0.1, 0.03)),
-    "r3m": ("temperature", (1.0, 0.3, 0.1)),
-    "vip": ("scale", (1.0, 5.0, 20.0)),
-    "vip-text": ("scale", (1.0, 5.0, 20.0)),
-    "hilp": ("scale", (1.0, 5.0, 20.0)),
-    "hilp-text": ("scale", (1.0, 5.0, 20.0)),
-    "liv": ("temperature", (1.0, 0.1, 0.03)),
-    "decisionnce-p": ("scale", (100.0, 10.0, 3.0)),
-    "decisionnce-t": ("scale", (100.0, 10.0, 3.0)),
-    "vlc": ("scale", (1.0, 20.0, 100.0)),
-    "preference": ("scale", (1.0, 20.0, 100.0)),
-    "preference-oracle": ("scale", (1.0, 20.0, 100.0)),
-    "progress": ("scale", (10.0, 5.0, 20.0)),
-    "triplet": ("margin", (0.1, 0.05, 0.2)),
-}
+def official(loss, constant: str) -> float:
+    """The authors' own value of a constant: the default in the signature of the loss."""
+    return inspect.signature(loss).parameters[constant].default
 
+def settings_of(objective: str) -> tuple[str, ...]:
+    """The settings that differ: where the official constants won on validation, there is one."""
+    found = vlmrm.get_objective(objective)
+    rate, constants = found["TUNED"]
+    differs = found["loss"] and (rate != vlmrm.OFFICIAL_RATE or any(
+        values[0] != official(found["loss"], constant) for constant, values in constants.items()))
+    return ("tuned", "official") if differs else ("official",)
 
-def finish(args: argparse.Namespace, data, sentences: dict, jobs: list) -> list[Path]:
-    """Do the runs that are missing. jobs: (objective, setting, seed). Returns their folders."""
-    experts = data.select(split="test", source="expert")
-    if len({vlmrm.group_of(task) for task in data.task[experts]}) < 2:
-        raise InputError(f"{data.path} has no test experts of unseen tasks, or of seen ones: a "
-                         "comparison needs both")
-    folders = []
-    for objective, setting, seed in jobs:
-        job = argparse.Namespace(**vars(args) | {
-            "objective": objective, "setting": setting, "seed": seed})
-        folder = args.runs / (args.name or "study") / f"{objective}-{setting}-seed{seed}"
-        folders.append(folder)
-        progress = f"[{len(folders)}/{len(jobs)}] {folder.name}"
-        if (folder / "metrics.json").exists():
-            vlmrm.plumbing.refuse_other_settings(folder, vlmrm.configuration(job))
-            print(progress + ": done before")
-        else:
-            print(progress, flush=True)
-            vlmrm.run(job, data, sentences, time.perf_counter(), folder)
-    return folders
+def finish(args: argparse.Namespace, **changes) -> tuple[Path, dict]:
+    """Do one run, with these options changed, unless it is done. Returns its folder and metrics."""
+    job = argparse.Namespace(**vars(args) | changes)
+    config = vlmrm.configuration(job)
+    folder = vlmrm.folder_for(config, job.runs)
+    print(f"{Path(job.objective).stem} on {job.backbone}, {job.setting}, seed {job.seed}: {folder}",
+          flush=True)
+    try:
+        return folder, vlmrm.run(config, folder, job.device)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing came of it
 
+def study(args: argparse.Namespace, results: Path) -> None:
+    """Compare all objectives over several seeds. The last row is triplet on thumbnails."""
+    seeds = range(args.seed, args.seed + args.seeds)
+    folders = [
+        (name, finish(args, objective=objective, setting=setting, seed=seed)[0])
+        for seed in seeds for name, objective in all_objectives().items()
+        for setting in settings_of(objective)
+        # Without training all seeds are alike.
+        if seed == args.seed or vlmrm.get_objective(objective)["loss"]]
+    folders += [
+        ("thumbnail", finish(args, objective="triplet", setting="official", seed=seed,
+                             backbone="thumbnail")[0]) for seed in seeds]
+    gather(folders, args.seed, results)
 
-def validation_by_goal_images(model, data) -> float:
-    """VOC of the rewards by goal images, on the validation experts: for who knows no sentence."""
-    experts, scores = data.select(split="validation", source="expert"), []
-    for task in np.unique(data.task[experts]):
-        with torch.inference_mode():
-            frames = model.eval().embed_frames(data.load(experts[data.task[experts] == task]))
-        values = vlmrm.goal_image_rewards(frames.cpu(), np.ones(len(frames), bool))
-        scores.append(vlmrm.value_order_correlation(values))
-    return float(np.concatenate(scores).mean())
-
-
-def tune(args: argparse.Namespace, data, sentences: dict) -> None:
-    """Four settings of each objective, judged by VOC on the validation experts of the seen tasks.
-    Who knows no sentence is judged by its VOC under goal images."""
-    if not len(data.select(split="validation", source="expert")):
-        raise InputError(f"{data.path} has no validation experts: collect 14 per task")
-    path = args.runs / (args.name or "study") / "tuning.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text()) if path.exists() else {}
-    settings = {key: value for key, value in vlmrm.configuration(args).items() if key in (
-        "seed", "backbone", "pretrained", "lora", "steps", "batch", "data_sha256",
-        "instructions_sha256", "weights_sha256")}
-    if found.setdefault("settings", settings) != settings:
-        raise InputError(f"{path} was made with other settings: choose another --name, or remove "
-                         "it")
-
-    def validate(objective, learning_rate, value):
-        constant = GRID[objective][0]
-        key = f"learning rate {learning_rate:g}, {constant} {value:g}"
-        scores = found.setdefault(objective, {})
-        if key not in scores:
-            model = vlmrm.prepare_model(args)
-            loss = functools.partial(vlmrm.OBJECTIVES[objective], **{constant: value})
-            vlmrm.train(model, data, sentences, loss, steps=args.steps, batch=args.batch,
-                        learning_rate=learning_rate, seed=args.seed,
-                        oracle=objective in vlmrm.ORACLES)
-            scores[key] = round(
-                validation_by_goal_images(model, data) if objective in vlmrm.LANGUAGE_FREE
-                else vlmrm.validation_voc(model, data, sentences, every=1), 4)
-            vlmrm.plumbing.write_json(path, found)
-        print(f"{objective:18} {key:38} validation VOC {scores[key]:6.3f}")
-        return scores[key]
-
-    for objective in GRID if args.objective == "all" else [args.objective]:
-        first, second = LEARNING_RATES
-        best = max(GRID[objective][1], key=functools.partial(validate, objective, first))
-        validate(objective, second, best)
-
-
-def round_to_4(number: str) -> float:
-    return round(float(number), 4)
-
-
-def study(args: argparse.Namespace, data, sentences: dict) -> None:
-    """Compare all objectives over several seeds: tables, and pictures. Where the tuned setting
-    differs from the faithful one, the latter is run too. A last row is triplet on thumbnails."""
-    differs = {objective for objective, tuned in vlmrm.TUNED.items()
-               if objective not in GRID
-               or tuned != (LEARNING_RATES[0], {GRID[objective][0]: GRID[objective][1][0]})}
-    jobs = [(objective, setting, args.seed + k)
-            for k in range(args.seeds) for objective, loss in vlmrm.OBJECTIVES.items()
-            for setting in (("tuned", "faithful") if objective in differs else ("faithful",))
-            if loss or k == 0]  # without training all seeds are alike
-    folders = finish(args, data, sentences, jobs)
-    root = folders[0].parent
-    control = argparse.Namespace(**vars(args) | {
-        "backbone": "thumbnail", "name": f"{root.name}/thumbnail"})
-    folders += finish(control, data, sentences, [
-        ("triplet", "faithful", args.seed + k) for k in range(args.seeds)])
-    gather(folders, args.seed, root)
-    report = vlmrm.companion("report")
-    tables = "\n\n".join(report.tables(root).values())
-    (root / "tables.md").write_text(tables + "\n", encoding="utf-8")
-    report.draw_all(root, data, sentences)
-    print(f"{tables}\nresults, tables and figures are in {root}")
-
-
-def gather(folders: list[Path], seed: int, root: Path) -> None:
-    """Write the metrics of all runs to results.json, the rewards of the first seed to rewards.npz.
-    """
-    results, rewards = [], {}
-    for folder in folders:
-        metrics, config = (json.loads((folder / name).read_text(), parse_float=round_to_4)
-                           for name in ("metrics.json", "config.json"))
-        tasks = {task: {metric: scores[metric] for metric in scores if metric in (
-            "voc", "ranking_accuracy_within")} for task, scores in metrics["tasks"].items()}
-        del metrics["log"]
-        row = config["objective"] if folder.parent == root else "thumbnail"
-        results.append(metrics | {"row": row, "tasks": tasks, "config": config})
-        if config["seed"] == seed:
+def gather(folders: list[tuple[str, Path]], seed: int, results: Path) -> None:
+    """Write the metrics of all runs to results.json, the rewards of the first seed, of the tuned
+    run where there is one, to rewards.npz. folders: (row of the table, folder of a run)."""
+    entries, rewards = [], {}
+    for row, folder in folders:
+        metrics, config = (json.loads(  # NaN: nothing was trained
+            (folder / name).read_text(), parse_constant=lambda _: None,
+            parse_float=lambda number: round(float(number), 4))
+            for name in ("metrics.json", "config.json"))
+        tasks = {task: {metric: scores[metric] for metric in (
+            "voc", "ranking_accuracy_within") if metric in scores}
+            for task, scores in metrics["tasks"].items()}
+        entries.append({"row": row, "objective": Path(config["objective"]).stem} | {
+            key: metrics[key] for key in ("wall_seconds", "frames_per_second", "seen", "unseen")}
+            | {"tasks": tasks, "config": reduced(config)})
+        if config["seed"] == seed and f"{row}/predicted" not in rewards:  # tuned runs come first
             for name, array in np.load(folder / "rewards.npz").items():
-                key = f"{row}/{name}"  # of the tuned run, if there is one
-                if name != "goal_values":
-                    rewards.setdefault(key, np.float16(array) if "values" in name else array)
-    (root / "results.json").write_text(
-        "[" + ",\n".join(json.dumps(result) for result in results) + "]\n")
-    np.savez_compressed(root / "rewards.npz", **rewards)
+                rewards[f"{row}/{name}"] = np.float16(array) if name == "predicted" else array
+    vlmrm.write_whole(results / "results.json", (
+        "[" + ",\n".join(json.dumps(entry) for entry in entries) + "]\n").encode())
+    np.savez_compressed(results / "rewards.npz", **rewards)
 
+def reduced(config: dict) -> dict:
+    """What of a run's configuration is the same on every machine: no paths, no versions."""
+    return {key: config[key] for key in (
+        "seed", "setting", "backbone", "lora", "steps", "batch", "learning_rate", "constants")} | {
+        "pretrained": config["pretrained"] and Path(config["pretrained"]).name,
+        "sha256": {key: config["sha256"].get(key)
+                   for key in ("data", "instructions", "pretrained")}}
 
 def paired_p_values(scores: dict[str, np.ndarray], reference: str) -> dict[str, float]:
-    """Does each objective differ from the reference over the same tasks? p-values, corrected.
-
-    scores: {objective: (tasks,)}. If nothing but chance set the two apart, each task's difference
-    could as well have had the other sign: p is the share of all such flips (of 9,999 random ones
-    beyond 13 tasks) whose mean lies as far from 0. Then Holm's correction: the smallest p times
-    their number, the next times one less, and so on.
-    """
+    """Does each objective differ from the reference over the same tasks? scores: {objective:
+    (tasks,)}. If nothing but chance set the two apart, each task's difference could as well have
+    had the other sign: p is the share of all such flips (of 9,999 random ones beyond 13 tasks)
+    whose mean lies as far from 0. Then Holm's correction: the smallest p times their number, the
+    next times one less, and so on."""
     p = {name: scipy.stats.permutation_test(
         (values - scores[reference],), np.mean, permutation_type="samples",
         random_state=0).pvalue if len(values) > 1 else 1.0
@@ -184,80 +116,101 @@ def paired_p_values(scores: dict[str, np.ndarray], reference: str) -> dict[str, 
         corrected[name] = largest
     return corrected
 
+def tune(args: argparse.Namespace, results: Path) -> None:
+    """Three values of one constant of each objective at the first learning rate, the best of them
+    at the second; judged by VOC on the validation experts, all of seen tasks."""
+    path, data = results / "tuning.json", vlmrm.Dataset(args.data)
+    sentences = vlmrm.load_instructions(args.instructions)
+    base = vlmrm.configuration(argparse.Namespace(**vars(args) | {"objective": "zeroshot"}))
+    settings = {key: value for key, value in reduced(base).items()
+                if key not in ("setting", "learning_rate", "constants")}
+    found = vlmrm.read_json(path) if path.exists() else {"settings": settings}
+    if found["settings"] != settings:
+        raise vlmrm.InputError(f"{path} was made with other settings: choose other --results")
 
-def best_of(values: np.ndarray, truth: np.ndarray, n: int) -> float:
-    """Expected truth of the frame that the values like best among n drawn at random, without
-    replacement, from these M: values, truth (M,), 1 <= n <= M. Exact, by counting draws.
+    def validate(name: str, parts: dict, constant: str, rate: float, value: float) -> float:
+        key = f"learning rate {rate:g}, {constant} {value:g}"
+        scores = found.setdefault(name, {})
+        if key not in scores:
+            loss, model = parts["loss"], vlmrm.prepare_model(base, args.device)
+            vlmrm.train(model, data, sentences, functools.partial(loss, **{constant: value}),
+                        base | {"learning_rate": rate}, parts["LABELS"])
+            scores[key] = round(
+                vlmrm.validation_voc(model, data, sentences, every=1)
+                if vlmrm.reads_instruction(loss) else goal_image_voc(model, data), 4)
+            vlmrm.write_json(path, found)
+        print(f"{name:18} {key:38} validation VOC {scores[key]:6.3f}", flush=True)
+        return scores[key]
 
-    Of the C(M, n) draws, C(k, n - 1) have the frame with k lower ones as their best (of two equal
-    ones the later counts as higher).
-    """
-    k, gammaln = np.arange(len(values)), scipy.special.gammaln  # gammaln(n + 1) = log n!
-    log_best = gammaln(k + 1) - gammaln(n) - gammaln(k - n + 2)  # -inf where k < n - 1
-    log_draws = gammaln(len(k) + 1) - gammaln(n + 1) - gammaln(len(k) - n + 1)
-    return float(np.exp(log_best - log_draws) @ truth[np.argsort(values, kind="stable")])
+    for objective in all_objectives().values() if args.objective == ["all"] else args.objective:
+        if (parts := vlmrm.get_objective(objective))["loss"]:
+            [(constant, values)] = parts["TUNED"][1].items()
+            values = sorted(values, key=lambda value: value != official(parts["loss"], constant))
+            one = functools.partial(validate, Path(objective).stem, parts, constant)
+            one(5e-4, max(values, key=functools.partial(one, 2e-3)))
 
+@torch.inference_mode()
+def goal_image_voc(model, data) -> float:
+    """VOC of the rewards by goal images, on the validation experts: for who knows no sentence."""
+    experts, scores = data.select(split="validation", source="expert"), []
+    for task in np.unique(data.task[experts]):
+        frames = vlmrm.embed_episodes(model.eval(), data, experts[data.task[experts] == task])
+        scores.append(vlmrm.value_order_correlation(
+            vlmrm.goal_image_reward(frames, np.ones(len(frames), bool))))
+    return float(np.concatenate(scores).mean())
 
-def standardised(values: np.ndarray) -> np.ndarray:
-    """Rewards (models, E, T) of one task on one scale: models differ in it, sentences in level."""
-    return (values - values.mean((1, 2), keepdims=True)) / (
-        values.std((1, 2), keepdims=True) + 1e-9)
+# -----------------------------------------------------------------------------
+# Fold 0 is the split of vlmrm.py. The other forty tasks, in alphabetical order, are dealt out to
+# four more, so that tasks alike (door-close, door-lock) come into different ones. A fold has its
+# own warm start, which has not seen its ten tasks either, and one run of every objective: tuned
+# constants, which were chosen on fold 0, so that some tasks unseen in the others had a say in them.
 
+def folds(args: argparse.Namespace, results: Path) -> None:
+    """Write folds.json: {row: [of each fold {unseen task: {metric: score}}]}."""
+    shipped, split, found = vlmrm.Dataset(args.data), vlmrm.UNSEEN_TASKS, {}
+    others = sorted(set(vlmrm.load_instructions(args.instructions)) - set(split))
+    for fold in range(5):
+        job = argparse.Namespace(**vars(args) | {"runs": args.runs / f"fold{fold}"})
+        if fold:
+            vlmrm.UNSEEN_TASKS = tuple(others[fold - 1::4])
+            job.data = split_anew(shipped, job.runs / "metaworld.npz")
+            warm, _ = finish(job, objective="clip", setting="official", pretrained="none",
+                             steps=math.ceil(2.5 * args.steps), learning_rate=1e-3)
+            job.pretrained = str(warm / "model.safetensors")
+        rows = {name: finish(job, objective=objective)[1]
+                for name, objective in all_objectives().items()}
+        rows["thumbnail"] = finish(job, objective="triplet", backbone="thumbnail")[1]
+        for row, metrics in rows.items():
+            found.setdefault(row, []).append({
+                task: {metric: round(scores[metric], 4)
+                       for metric in ("voc", "ranking_accuracy_within") if metric in scores}
+                for task, scores in metrics["tasks"].items() if vlmrm.group_of(task) == "unseen"})
+    vlmrm.write_json(results / "folds.json", found)
 
-def ensemble(args: argparse.Namespace, data, sentences: dict) -> None:
-    """Rewards of several independently trained models, combined, and what they are good for.
+def split_anew(shipped, path: Path) -> Path:
+    """Write the shipped episodes with the splits of the present UNSEEN_TASKS, unless it is done."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        vlmrm.write_dataset(path, [
+            episode for task in dict.fromkeys(shipped.task) for episode in vlmrm.assign_splits(
+                [shipped.episode(e) for e in shipped.select(task=task)])])
+    return path
 
-    Whoever maximises a learned reward finds its errors, the more so the harder the search: pick the
-    best of N frames by the reward, and see what the simulator says of the pick. Where models err
-    apart, a frame that all of them like is a safer pick. Ours differ only in the order of their
-    batches, and share their warm start and its errors: the weaker kind of ensemble.
-    Source: Eisenstein et al., "Helping or Herding?", 2312.09244.
-    """
-    jobs = [(args.objective, args.setting, args.seed + k) for k in range(args.ensemble)]
-    folders = finish(args, data, sentences, jobs)
-    test = data.select(split="test")
-    values = np.stack([np.load(folder / "rewards.npz")["values"] for folder in folders])  # (N,E,T)
-    tasks, counts = np.unique(data.task[test], return_counts=True)
-    draws = 2 ** np.arange(int(math.log2(data.T * counts.min())) + 1)
-    rng, rows, picks = np.random.default_rng(0), {}, {}
-    for task in tasks:
-        where = data.task[test] == task
-        mine, rewards = test[where], data.rewards[test[where]]
-        v = standardised(values[:, where])
-        combined = {f"seed {seed}": one for (_, _, seed), one in zip(jobs, v)} | {
-            "mean": v.mean(0), "minimum": v.min(0), "mean - std": v.mean(0) - v.std(0),
-            "simulator": rewards}
-        for name, one in combined.items():
-            for metric, row in vlmrm.task_metrics(
-                    rng, data.source[mine], rewards, data.success[mine], {"": one},
-                    {"voc": (vlmrm.value_order_correlation(one),
-                             (data.source[mine] == "expert").astype(float))}).items():
-                rows.setdefault(name, {}).setdefault(metric, {})[task] = row
-            picks.setdefault((name, vlmrm.group_of(task)), []).append(
-                [best_of(one.ravel(), rewards.ravel(), n) for n in draws])
-    found = {"draws": draws}
-    print(f"{'':12}{'VOC unseen':>12}{'within unseen':>15}   simulator's reward (0 to 10) of the "
-          f"best of {draws}, unseen tasks")
-    for name in rows:
-        report = vlmrm.average_over_tasks(rows[name])
-        found[name] = {group: report[group] | {"best_of": np.mean(picks[name, group], axis=0)}
-                       for group in ("seen", "unseen")}
-        unseen = found[name]["unseen"]
-        print(f"{name:12}{unseen['voc']['value']:12.2f}"
-              f"{unseen['ranking_accuracy_within']['value']:15.2f}   "
-              + " ".join(f"{pick:.2f}" for pick in unseen["best_of"]))
-    path = folders[0].parent / f"ensemble-{args.objective}.json"
-    vlmrm.plumbing.write_json(path, found)
-    print(f"all figures are in {path}")
-
-
-def main(args: argparse.Namespace) -> None:
-    if args.tune and args.objective not in [*GRID, "all"]:
-        raise InputError(f"{args.objective} has no entry in GRID: there is nothing to tune")
-    if args.ensemble and not vlmrm.OBJECTIVES.get(args.objective):
-        raise InputError(f"--ensemble needs an objective that is trained, not {args.objective}")
-    work = tune if args.tune else ensemble if args.ensemble else study
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("study", "tune", "folds"))
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="(data/results)")
+    own, rest = parser.parse_known_args()
+    own.results.mkdir(parents=True, exist_ok=True)
+    args = vlmrm.parse_arguments([
+        "--objective", "all", "--seeds", "3", "--runs", f"runs/{own.part}", *rest])
     try:
-        work(args, *vlmrm.load_data(args))
+        {"study": study, "tune": tune, "folds": folds}[own.part](args, own.results)
+    except vlmrm.InputError as problem:
+        sys.exit(f"study: {problem}")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("; what is finished is kept; the same command goes on") from None
+        sys.exit("\nstudy: stopped; the same command goes on")
+
+if __name__ == "__main__":
+    main()
