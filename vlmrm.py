@@ -806,7 +806,7 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
     return loss
 
 # Name, loss, learning rate and constants. The first value of each constant won on validation
-# episodes, where data/tune.py tried all of them, as many for each objective. With --setting
+# episodes, where `data/study.py tune` tried all of them, as many for each objective. With --setting
 # official the constants are those of the signature, and the rate is OFFICIAL_RATE.
 OFFICIAL_RATE = 2e-3  # of this file: the authors' are for other optimisers and backbones
 OBJECTIVES = {
@@ -885,7 +885,8 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
     loss as times. checkpoint: a file to save to ten times, and to go on from. Raises InputError."""
     rng, steps, log = np.random.default_rng(config["seed"]), config["steps"], []
     episodes = training_episodes(data, config["batch"])
-    videos = {e: data.frames(e) for some in episodes.values() for e in some}  # unpacked once
+    videos = {e: video for some in episodes.values()  # unpacked once
+              for e, video in zip(some, data.load(some).numpy())}
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config["learning_rate"], weight_decay=0.01,
                                   fused=model.mean.device.type != "mps")
@@ -1157,7 +1158,7 @@ def configuration(args: argparse.Namespace) -> dict:
     config["learning_rate"] = args.learning_rate or rate
     config["constants"] = {name: values[0] for name, values in constants.items()}
     files = ["pretrained", "data", "instructions", *["objective"] * args.objective.endswith(".py")]
-    config["sha256"] = {name: digest(config[name]) for name in files if digest(config[name])}
+    config["sha256"] = {name: found for name in files if (found := digest(config[name]))}
     for name in config["sha256"]:
         config[name] = config[name] and str(Path(config[name]).resolve())
     return config
@@ -1219,8 +1220,6 @@ def run(config: dict, folder: Path, device: str = "auto", began: float | None = 
         return read_json(folder / "metrics.json")
     began, objective = began or time.perf_counter(), get_objective(config["objective"])
     data, sentences = Dataset(config["data"]), load_instructions(config["instructions"])
-    if config != configuration(argparse.Namespace(**config)):
-        raise InputError(f"a file that the run in {folder} was started with has changed")
     if strange := set(data.task) - set(sentences):
         raise InputError(f"{config['instructions']} has no sentence for {min(strange)}")
     if not len(data.select(split="test", source="expert")):
@@ -1252,25 +1251,36 @@ def run(config: dict, folder: Path, device: str = "auto", began: float | None = 
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     return read_json(folder / "metrics.json")
 
+def run_in(folder: Path, config: dict, device: str = "auto", began: float | None = None) -> dict:
+    """run(), announced, in a folder that goes again if nothing comes of it."""
+    print(f"{Path(config['objective']).stem}, seed {config['seed']}: {folder}", flush=True)
+    try:
+        return run(config, folder, device, began)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # it is not empty, unless nothing came of it
+
+def resumed(folder: Path) -> dict:
+    """The configuration of the stopped run in a folder. Raises InputError if it cannot go on."""
+    if (folder / "metrics.json").exists():
+        raise InputError(f"the run in {folder} is finished: there is nothing to go on with")
+    if (config := read_config(folder)) != configuration(argparse.Namespace(**config)):
+        raise InputError(f"a file that the run in {folder} was started with has changed")
+    return config
+
 def run_all(args: argparse.Namespace) -> None:
     """Every objective asked for, with every seed; then the table of the one run, or a table and a
     picture of all. Those without training, of which all seeds are alike, stand last."""
     names = [name for some in args.objective for name in (OBJECTIVES if some == "all" else [some])]
-    names, rows = sorted(dict.fromkeys(names), key=lambda name: not get_objective(name)["loss"]), {}
-    jobs = [configuration(argparse.Namespace(**vars(args) | {"objective": name, "seed": seed}))
-            for name in names for seed in range(args.seed, args.seed + args.seeds)
-            if seed == args.seed or get_objective(name)["loss"]]
-    if args.resume and (args.resume / "metrics.json").exists():
-        raise InputError(f"the run in {args.resume} is finished: there is nothing to go on with")
-    for config in [read_config(args.resume)] if args.resume else jobs:
+    trained, rows = {name: bool(get_objective(name)["loss"]) for name in names}, {}
+    jobs = [resumed(args.resume)] if args.resume else [
+        configuration(argparse.Namespace(**vars(args) | {"objective": name, "seed": seed}))
+        for name in sorted(trained, key=lambda name: not trained[name])
+        for seed in range(args.seed, args.seed + (args.seeds if trained[name] else 1))]
+    for config in jobs:
         folder = args.resume or folder_for(config, args.runs)
-        print(f"{Path(config['objective']).stem}, seed {config['seed']}: {folder}", flush=True)
-        try:
-            report = run(config, folder, args.device,
-                         STARTED if __name__ == "__main__" and len(jobs) == 1 else None)
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing came of it
+        report = run_in(folder, config, args.device,
+                        STARTED if __name__ == "__main__" and len(jobs) == 1 else None)
         rows.setdefault(config["objective"], []).append(report)
     if len(jobs) == 1:
         return print(format_report(report))
@@ -1393,10 +1403,12 @@ def score(args: argparse.Namespace) -> None:
     if not config.get("reads_instruction", True):
         raise InputError(f"{args.model} was trained without sentences: its cosine means nothing")
     model, rewards, shown = load_reward_model(args.model, args.device), [], []
-    for k, frame in enumerate(read_frames(args.score)):
-        rewards.append(model.score(frame[None], args.instruction).item())
-        shown.append(np.asarray(Image.fromarray(frame).resize((160, 120))))
-        print(f"frame {k:5}   reward {rewards[-1]:.4f}")
+    for _, alike in itertools.groupby(read_frames(args.score), np.shape):  # one shape, one batch
+        while some := list(itertools.islice(alike, 32)):
+            rewards += model.score(np.stack(some), args.instruction).tolist()
+            shown += [np.asarray(Image.fromarray(frame).resize((160, 120))) for frame in some]
+            for k in range(len(rewards) - len(some), len(rewards)):
+                print(f"frame {k:5}   reward {rewards[k]:.4f}")
     if not rewards:
         raise InputError(f"{args.score} has no pictures in it")
     voc, best = value_order_correlation(np.array([rewards]))[0], np.argmax(rewards)

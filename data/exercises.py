@@ -178,7 +178,7 @@ def check_8():
     scores = []
     for seed in range(3):
         config = configuration("--seed", str(seed), objective=path)
-        metrics = vlmrm.run(config, vlmrm.folder_for(config, ROOT / "runs"))
+        metrics = vlmrm.run_in(vlmrm.folder_for(config, ROOT / "runs"), config)
         scores.append(metrics["unseen"]["voc"]["value"])
     triplet = saved("triplet", "unseen")
     return np.mean(scores) > np.mean(triplet) + np.std(triplet, ddof=1), (

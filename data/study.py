@@ -9,7 +9,6 @@ The times are of two cores. Options of vlmrm.py may follow (--seeds, --steps, --
 tune also obeys --objective). The same command goes on with what was stopped.
 """
 import argparse
-import contextlib
 import functools
 import inspect
 import json
@@ -46,15 +45,8 @@ def settings_of(objective: str) -> tuple[str, ...]:
 def finish(args: argparse.Namespace, **changes) -> tuple[Path, dict]:
     """Do one run, with these options changed, unless it is done. Returns its folder and metrics."""
     job = argparse.Namespace(**vars(args) | changes)
-    config = vlmrm.configuration(job)
-    folder = vlmrm.folder_for(config, job.runs)
-    print(f"{Path(job.objective).stem} on {job.backbone}, {job.setting}, seed {job.seed}: {folder}",
-          flush=True)
-    try:
-        return folder, vlmrm.run(config, folder, job.device)
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing came of it
+    folder = vlmrm.folder_for(config := vlmrm.configuration(job), job.runs)
+    return folder, vlmrm.run_in(folder, config, job.device)
 
 def study(args: argparse.Namespace, results: Path) -> None:
     """Compare all objectives over several seeds. The last row is triplet on thumbnails."""
@@ -75,9 +67,8 @@ def gather(folders: list[tuple[str, Path]], seed: int, results: Path) -> None:
     run where there is one, to rewards.npz. folders: (row of the table, folder of a run)."""
     entries, rewards = [], {}
     for row, folder in folders:
-        metrics, config = (json.loads(  # NaN: nothing was trained
-            (folder / name).read_text(), parse_constant=lambda _: None,
-            parse_float=lambda number: round(float(number), 4))
+        metrics, config = (json.loads(
+            (folder / name).read_text(), parse_float=lambda number: round(float(number), 4))
             for name in ("metrics.json", "config.json"))
         tasks = {task: {metric: scores[metric] for metric in (
             "voc", "ranking_accuracy_within") if metric in scores}

@@ -7,15 +7,8 @@ other objective sees them, so this is no rival of theirs: it shows what better l
 Pairs of equal reward are left out.
 Source: RL-VLM-F, Wang et al., 2402.03681, where a VLM is the judge.
 """
-import torch.nn.functional as F
-
 import vlmrm
 
 TUNED = (2e-3, {"scale": (20.0, 1.0, 100.0)})
 LABELS = "rewards"
-
-def loss(frames, texts, times, scale: float = 1.0):
-    reward = scale * vlmrm.cosine(frames, texts[:, None])  # (B, K)
-    better = times[:, :, None] > times[:, None]  # (B, K, K)
-    lead = reward[:, :, None] - reward[:, None]
-    return (better * F.softplus(-lead)).sum() / better.sum().clamp(min=1)
+loss = vlmrm.preference_loss
