@@ -66,7 +66,7 @@ import scipy.special
 import torch
 import torch.nn.functional as F
 import report
-from study import all_objectives
+from study import all_objectives, validation_voc
 
 def planted_loss(frames, texts, times, scale: float = 100.0):  # exercise 2
     frames, texts = F.normalize(frames, dim=-1), F.normalize(texts, dim=-1)
@@ -112,9 +112,9 @@ def check_1(answer):
     return abs(answer - loss) < 1e-4, f"you said {answer}"
 
 def check_2(answer):
-    worst = max(abs(answer(*batch) - vlmrm.decisionnce_p_loss(*batch)).item()
-                for batch in map(random_batch, range(5)))
-    return worst < 1e-3, f"the largest difference from decisionnce_p_loss is {worst:.4f}"
+    right = vlmrm.get_objective(all_objectives()["decisionnce-p"])["loss"]
+    worst = max(abs(answer(*batch) - right(*batch)).item() for batch in map(random_batch, range(5)))
+    return worst < 1e-3, f"the largest difference from DecisionNCE-P is {worst:.4f}"
 
 def check_3(answer):
     x = torch.linspace(-1, 1, 20001, dtype=torch.float64)
@@ -139,7 +139,7 @@ def check_5():
     config = configuration("--data", str(ROOT / "answer_5.npz"), "--batch", "1", "--instructions",
                            str(ROOT / "answer_5.json"), "--learning-rate", "1e-4")
     with tempfile.TemporaryDirectory() as folder:
-        tasks = vlmrm.run(config, Path(folder))["tasks"]
+        tasks = vlmrm.run(config, vlmrm.folder_for(config, Path(folder)))["tasks"]
     found = {task: round(tasks[task]["voc"], 2) for task in new if "voc" in tasks.get(task, {})}
     return max(found.values(), default=0) > 0.5, f"VOC on the test experts: {found}"
 
@@ -160,9 +160,9 @@ def check_7(answer):
     kinds = [type(part) for part in model.clip.visual.modules()]
     if torch.nn.MultiheadAttention in kinds or kinds.count(torch.nn.Conv2d) < 2:
         return False, "its vision tower has attention in it, or fewer than two Conv2d"
-    log = vlmrm.train(model, vlmrm.Dataset(config["data"]),
-                      vlmrm.load_instructions(config["instructions"]), vlmrm.triplet_loss, config)
-    voc = log[-1]["validation_voc"]
+    data, sentences = vlmrm.Dataset(config["data"]), vlmrm.load_instructions(config["instructions"])
+    vlmrm.train(model, data, sentences, vlmrm.triplet_loss, config)
+    voc = validation_voc(model, data, sentences)
     return voc > 0.9, f"validation VOC {voc:.2f}"
 
 def check_8():
@@ -178,7 +178,7 @@ def check_8():
     scores = []
     for seed in range(3):
         config = configuration("--seed", str(seed), objective=path)
-        metrics = vlmrm.run_in(vlmrm.folder_for(config, ROOT / "runs"), config)
+        metrics = vlmrm.run(config, vlmrm.folder_for(config, ROOT / "runs"))
         scores.append(metrics["unseen"]["voc"]["value"])
     triplet = saved("triplet", "unseen")
     return np.mean(scores) > np.mean(triplet) + np.std(triplet, ddof=1), (
@@ -221,10 +221,10 @@ def check_10(answer):
     for seed in range(3):
         config = configuration("--seed", str(seed), objective=all_objectives()[answer])
         folder = ROOT / "runs" / "gpu" / f"{answer}-seed{seed}"
-        made = vlmrm.read_json(folder / "config.json")
-        if not made.items() >= config.items() or not made["device"].startswith("cuda"):
-            return False, f"{folder} has other settings, or was not made on a GPU"
         runs.append(vlmrm.read_json(folder / "metrics.json"))
+        if (vlmrm.read_json(folder / "config.json") != config
+                or not runs[-1]["device"].startswith("cuda")):
+            return False, f"{folder} has other settings, or was not made on a GPU"
     for group in ("seen", "unseen"):
         theirs, mine = saved(answer, group), [run[group]["voc"]["value"] for run in runs]
         # Two means of three differ with sqrt(2/3) of one run's spread.

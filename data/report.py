@@ -7,7 +7,9 @@ typed by hand; what a run itself prints and draws needs no other program.
 import functools
 import json
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,10 +33,15 @@ SHORT = ("triplet", "tcn", "r3m", "vip", "liv",  # the paper's five, and what to
 
 def load(root: Path) -> tuple[dict, dict]:
     """The runs of the study, {(row, setting): [run of each seed]}, and the setting to show of each
-    row, by VOC on unseen tasks."""
+    row, by VOC on unseen tasks. Their intervals are those over tasks."""
     runs = {}
     for result in json.loads((root / "results.json").read_text(encoding="utf-8")):
         runs.setdefault((result["row"], result["config"]["setting"]), []).append(result)
+        by_task = vlmrm.average_over_tasks(result["tasks"])
+        for group in ("seen", "unseen"):
+            for metric, cell in result[group].items():  # without scores of tasks, no interval
+                value = cell["value"]
+                cell["interval"] = by_task[group].get(metric, {"interval": [value] * 2})["interval"]
     shown = {row: "tuned" if (row, "tuned") in runs else "official" for row, _ in runs}
     return runs, {row: shown[row] for row in sorted(shown, key=lambda row: (
         is_baseline(row), -mean(runs[row, shown[row]], "unseen")))}
@@ -74,15 +81,16 @@ def markdown(titles: list[str], rows: list[list[str]]) -> str:
     return "\n".join([head, "|" + " --- |" * len(titles), *lines])
 
 def cell(runs: list[dict], group: str, metric: str, interval: bool = True) -> str:
-    """Mean ± std over seeds, and the mean over seeds of the 95 % intervals over episodes."""
+    """Mean ± std over seeds, and the mean over seeds of the 95 % intervals over tasks."""
     if not (found := [run[group][metric] for run in runs if metric in run[group]]):
         return ""
     values = [entry["value"] for entry in found]
     text = f"{np.mean(values):.2f}"
     if len(values) > 1:
         text += f" ± {np.std(values, ddof=1):.2f}"
-    if interval:
-        text += " [{:.2f}, {:.2f}]".format(*np.mean([entry["interval"] for entry in found], axis=0))
+    low, high = np.mean([entry["interval"] for entry in found], axis=0)
+    if interval and low < high:
+        text += f" [{low:.2f}, {high:.2f}]"
     return text.replace("-0.00", "0.00")
 
 ORDER = [(metric, group) for metric in ("voc", "ranking_accuracy_within")
@@ -143,8 +151,10 @@ def metrics_table(runs, shown) -> str:
     columns = [(runs[row, shown[row]], group) for group in ("seen", "unseen")
                for row in ("zeroshot", "triplet")]
     return markdown(["", "seen tasks: before", "triplet", "unseen tasks: before", "triplet"], [
-        [text, *(cell(some, group, metric) for some, group in columns)]
-        for metric, (text, _) in vlmrm.METRICS.items() if not metric.startswith("goal_")])
+        [text, *(cell(some, group, metric, False) for some, group in columns)]
+        for metric, text in [*((metric, text) for metric, (text, _) in vlmrm.METRICS.items()),
+                             ("epic", "EPIC distance (0 is best)")]
+        if metric in columns[0][0][0]["seen"]])
 
 def over_tasks(scores: np.ndarray, sign: str = "") -> str:
     """Mean and 95 % t interval over tasks."""
@@ -230,34 +240,7 @@ def draw_heat_map(runs, shown, path: Path) -> None:
     axis.xaxis.tick_top()
     axis.set_title("VOC by task and objective; above the line: tasks never trained on", loc="left")
     figure.colorbar(image, shrink=0.3, label="VOC")
-    vlmrm.save_figure(figure, path)
-
-def draw_confusion(runs, shown, rewards, data, sentences: list[str], path: Path) -> None:
-    """Which of all sentences each task's last expert frames prefer."""
-    rows = [row for row in ("zeroshot", "triplet", "r3m") if row in shown]
-    order = sorted(range(len(sentences)), key=lambda k: (
-        sentences[k] in vlmrm.UNSEEN_TASKS, sentences[k]))
-    names = [sentences[k].removesuffix("-v3") for k in order]
-    edge = sum(task not in vlmrm.UNSEEN_TASKS for task in sentences) - 0.5
-    figure = Figure(figsize=(19, 7.6), layout="constrained")
-    for axis, row in zip(figure.subplots(1, len(rows), sharey=True, squeeze=False)[0], rows):
-        test, preferred = rewards[f"{row}/episodes"], rewards[f"{row}/preferred"]
-        expert = data.source[test] == "expert"
-        confusion = np.zeros((len(sentences),) * 2)
-        for task, choice in zip(data.task[test][expert], preferred[expert]):
-            confusion[sentences.index(task), choice] += 1
-        confusion /= np.maximum(confusion.sum(1, keepdims=True), 1)
-        image = axis.imshow(confusion[order][:, order], cmap="magma_r", vmin=0, vmax=1)
-        axis.axhline(edge, color=UNSEEN, lw=1)
-        axis.axvline(edge, color=UNSEEN, lw=1)
-        axis.set_title("{}: right {:.2f} seen, {:.2f} unseen".format(row, *(
-            mean(runs[row, shown[row]], group, "retrieval_top1") for group in ("seen", "unseen"))))
-        axis.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.set_xlabel("task whose sentence is preferred")
-    figure.axes[0].set_ylabel("task of the frame (beyond the red lines: unseen)")
-    figure.colorbar(image, shrink=0.5, label="share of the task's test experts")
-    vlmrm.save_figure(figure, path)
+    vlmrm.write_whole(path, figure)
 
 # -----------------------------------------------------------------------------
 # looks.png: what each loss takes from a batch of two videos. Nodes: o0 to o4 are the frames of a
@@ -344,20 +327,20 @@ def draw_looks(data, sentences: dict, path: Path) -> None:
     draw_batch(figure.add_subplot(grid[0, :]), data, sentences)
     for k, (name, (caption, edges)) in enumerate(LOOKS.items()):
         draw_edges(figure.add_subplot(grid[1 + k // 3, k % 3]), name, caption, edges)
-    vlmrm.save_figure(figure, path)
+    vlmrm.write_whole(path, figure)
 
 def draw_all(root: Path) -> None:
     """All pictures of the results in a folder."""
     (runs, shown), rewards = load(root), np.load(root / "rewards.npz")
     data = vlmrm.Dataset(vlmrm.DATA / "metaworld.npz")
     sentences = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
-    vlmrm.draw_comparison({label(row): runs[row, shown[row]] for row in shown},
-                          root / "comparison.png")
+    with tempfile.TemporaryDirectory() as folder:
+        vlmrm.compare({label(row): runs[row, shown[row]] for row in shown}, Path(folder))
+        shutil.copy(Path(folder, "comparison.png"), root)
     draw_heat_map(runs, shown, root / "heatmap.png")
-    draw_confusion(runs, shown, rewards, data, list(sentences), root / "confusion.png")
     draw_looks(data, sentences, root / "looks.png")
-    report = {name: rewards[f"triplet/{name}"] for name in ("episodes", "predicted")}
-    vlmrm.draw_curves(report, data, sentences, root / "curves.png")
+    predicted = dict(zip(rewards["triplet/episodes"].tolist(), rewards["triplet/predicted"]))
+    vlmrm.draw_curves({"predicted": predicted}, data, sentences, root / "curves.png")
 
 if __name__ == "__main__":
     draw_all(HERE / "results")

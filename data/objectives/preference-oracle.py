@@ -4,11 +4,11 @@
 
 Notice: LABELS = "rewards" makes the training loop hand over the simulator's rewards as times. No
 other objective sees them, so this is no rival of theirs: it shows what better labels are worth.
-Pairs of equal reward are left out.
-Source: RL-VLM-F, Wang et al., 2402.03681, where a VLM is the judge.
+Source: RL-VLM-F, Wang et al., 2402.03681, where a VLM is the judge. Uses the loss of preference.py.
 """
-import vlmrm
+import runpy
+from pathlib import Path
 
 TUNED = (2e-3, {"scale": (20.0, 1.0, 100.0)})
 LABELS = "rewards"
-loss = vlmrm.preference_loss
+loss = runpy.run_path(str(Path(__file__).with_name("preference.py")))["loss"]
