@@ -677,7 +677,7 @@ def get_objective(name: str) -> dict:
     reward(frames (E, T, D), text (D,)) -> (E, T), else the cosine. A file may add TUNED = (learning
     rate, {constant: (value, others to try)}); LABELS = "rewards", for the simulator's as times;
     SENTENCES, whose embeddings are the reward's third argument."""
-    loss, *tuned = OBJECTIVES.get(name, (None, 2e-3, {}))
+    loss, *tuned = (None, 2e-3, {}) if name.endswith(".py") else OBJECTIVES[name]
     found = {"loss": globals().get(loss), "TUNED": tuned, "LABELS": "times", "SENTENCES": []}
     if name.endswith(".py"):
         found |= runpy.run_path(name)
@@ -720,18 +720,16 @@ def sample_batch(episodes: dict[str, np.ndarray], T: int, rng, batch: int):
     return np.array([rng.choice(episodes[task]) for task in tasks]), np.array(frame_ids)
 
 def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, config: dict,
-          labels: str = "times", checkpoint: Path | None = None) -> list[dict]:
+          labels: str = "times", saved: Path | None = None) -> list[dict]:
     """Train the model in place, by seed, steps, batch and learning_rate of config: the same bits on
     the same CPU and number of threads. labels="rewards" hands those to the loss as times.
-    checkpoint: a file to save to ten times, and to go on from. Returns the log."""
+    saved: a file to save to ten times, and to go on from. Returns the log."""
     rng, steps, batch = np.random.default_rng(config["seed"]), config["steps"], config["batch"]
     episodes = training_episodes(data, batch)
     videos = {e: video for some in episodes.values() for e, video in zip(some, data.load(some))}
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config["learning_rate"], weight_decay=0.01,
-                                  fused=model.mean.device.type != "mps")
-    going_on = checkpoint and checkpoint.exists()
-    log = load_checkpoint(checkpoint, model, optimizer, config) if going_on else []
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.01, fused=model.mean.device.type != "mps")
+    log = load_checkpoint(saved, model, optimizer, config) if saved and saved.exists() else []
     for _ in log:  # draw again what was drawn: the generator then stands where it stood
         sample_batch(episodes, data.T, rng, batch)
     bar = tqdm(range(len(log) + 1, steps + 1), "training", initial=len(log), total=steps)
@@ -760,8 +758,8 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
             ordered = (cosine(frames, texts[:, None]).diff(dim=1) > 0).float().mean().item()
         log.append({"step": step, "loss": loss.item(), "ordered": ordered})
         bar.set_postfix(loss=f"{loss.item():.3f}", ordered=f"{ordered:.2f}", refresh=False)
-        if checkpoint and (step % max(1, steps // 10) == 0 or step == steps):
-            save_checkpoint(checkpoint, model, optimizer, log, config)
+        if saved and (step % max(1, steps // 10) == 0 or step == steps):
+            save_checkpoint(saved, model, optimizer, log, config)
     return log
 
 def save_checkpoint(path: Path, model, optimizer, log: list[dict], config: dict) -> None:
@@ -1008,7 +1006,7 @@ def compare(rows: dict[str, list[dict]], folder: Path) -> None:
             cells = [report[group][metric] for report in reports if metric in report[group]]
             values = [cell["value"] for cell in cells]
             spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-            lines[y].append(f"{np.mean(values):.2f}{spread}")
+            lines[y].append(f"{np.mean(values):.2f}{spread}" if values else "-")
             axis.plot(values, [y] * len(values), "o", color="#30638e")
             for cell in cells:
                 axis.plot(cell["interval"], [y, y], color="#c8384e", lw=2, alpha=0.3)
@@ -1055,8 +1053,10 @@ def score(args: argparse.Namespace) -> None:
     """Print and draw the rewards of a film, a picture, or a folder of numbered pictures."""
     if not args.instruction:
         raise InputError('--score needs the sentence: --instruction "close the drawer"')
-    parts = get_objective((config := read_json(args.model / "config.json")).get("objective", ""))
-    loss = parts["loss"] and functools.partial(parts["loss"], **config["constants"])
+    with reading(args.model / "config.json"):
+        config = read_json(args.model / "config.json")
+        parts = get_objective(config["objective"])
+        loss = parts["loss"] and functools.partial(parts["loss"], **config["constants"])
     if parts["reward"] != cosine_reward or loss and not reads_instruction(loss):
         raise InputError(f"{args.model} was not trained for the cosine of frame and sentence")
     model, rewards, shown = load_reward_model(args.model, args.device), [], []

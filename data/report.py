@@ -193,15 +193,6 @@ def benchmark_table(found: dict) -> str:
         row("collection, 24 kept of an episode's 150", found["collection"], "_24_of_150"),
         row("training step", found["training"]), row("evaluation", found["evaluation"])])
 
-def soak_table(found: dict) -> str:
-    """What data/soak.py counted."""
-    kills, answers = found["kills"], found["bad inputs"]
-    return markdown(["what", "times", "as it should be"], [
-        ["a run killed at a random moment, then taken up again: same weights bit for bit, same "
-         "metrics", f"{kills['kills']}", f"{kills['identical']}"],
-        [f"bad inputs of {answers['kinds']} kinds: one line, exit code 2, nothing left behind",
-         f"{answers['bad inputs']}", f"{answers['answered']}"]])
-
 def tables(root: Path) -> dict[str, str]:
     """All tables, by the names of the marks they stand between."""
     runs, shown = load(root)
@@ -209,7 +200,7 @@ def tables(root: Path) -> dict[str, str]:
         "short": short_table, "comparison": comparison_table, "more": more_table,
         "metrics": metrics_table}.items()}
     return found | {name: table(vlmrm.read_json(root / f"{name}.json")) for name, table in {
-        "folds": folds_table, "benchmark": benchmark_table, "soak": soak_table}.items()}
+        "folds": folds_table, "benchmark": benchmark_table}.items()}
 
 def fill(page: str, root: Path) -> str:
     """A page with the tables between <!-- name --> and <!-- end of name --> made anew."""
