@@ -43,6 +43,7 @@ from safetensors.torch import load_file, save, save_file
 
 import exercises  # these are of data/
 import report
+import scenes
 import study
 
 SOURCE = (HERE / "vlmrm.py").read_text(encoding="utf-8")
@@ -107,7 +108,7 @@ def test_tcn_r3m_and_vip_golden(name, method, variant, options, monkeypatch):
         language = arrays["perms_lang"].view(3, 3, 6).unbind(1)
     if variant != "neg0":
         calls = iter([*language, arrays["perms"]])
-        monkeypatch.setattr(vlmrm, "negative_permutations", lambda n, batch: next(calls))
+        monkeypatch.setattr(vlmrm, "negative_permutations", lambda n, batch: {3: next(calls)}[n])
     loss = LOSSES[name](frames, texts, None, **options)
     check_golden(loss, GOLDEN[method]["results"][f"{variant}/float64"]["full_loss"],
                  (leaf, arrays[f"grad_{variant}"]))
@@ -177,8 +178,9 @@ def test_vlm_rm_golden(prompts, alpha):
 E0, E1 = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 RISE = torch.stack([E1, E1, E1, E1, E0])[None]  # rewards 0 0 0 0 1 under the text e0
 TURN = torch.stack([E1, E1, E0, E0, E0])[None]
-AXES = torch.eye(3)  # two videos turn from e2 into their own axis, and their texts are the axes
-TURNS = torch.stack([torch.stack([AXES[i] for i in (2, 2, 2, k, k)]) for k in (0, 1)])
+AXES = torch.eye(3)  # two videos turn from e2 into their own axis, which is their text
+TURNS = torch.stack([AXES[[2, 2, k, k, k]] * torch.tensor([[1], [1], [-1], [1], [1]])
+                     for k in (0, 1)])  # but for the frame in the middle, which looks away
 BY_HAND = [
     # Four pairs rise by 1: max(0, .1 - 1) = 0; six are level: .1 each. Mean over ten pairs.
     ("triplet", RISE, E0[None], {"margin": 0.1}, 0.06),
@@ -469,13 +471,13 @@ def test_reading_metrics_by_hand():
     assert "opposite_gap" not in vlmrm.reading_metrics(under, own=0, opposite=0)
 
 def test_average_over_tasks_by_hand():
-    """Half of the ten unseen tasks score 0, half 1. Ten drawn again have k ones with probability
-    C(10, k) / 1024: k < 2 1 %, k < 3 5 %, so the interval of 95 % is .2 to .8. One task is its own
-    interval, and a task without the metric does not count."""
-    tasks = {task: {"voc": k % 2} for k, task in enumerate(vlmrm.UNSEEN_TASKS)} | {
+    """Half of eight unseen tasks score 0, half 1. Eight drawn again have k ones with probability
+    C(8, k) / 256: k < 1 .4 %, k < 2 3.5 %, so the interval of 95 % is 1/8 to 7/8. One task is its
+    own interval, and a task without the metric does not count."""
+    tasks = {task: {"voc": k % 2} for k, task in enumerate(vlmrm.UNSEEN_TASKS[:8])} | {
         "reach-v3": {"voc": 0.3}, "push-v3": {}}
     report = vlmrm.average_over_tasks(tasks)
-    for group, expected in (("unseen", (0.5, 10, 0.2, 0.8)), ("seen", (0.3, 1, 0.3, 0.3))):
+    for group, expected in (("unseen", (0.5, 8, 1 / 8, 7 / 8)), ("seen", (0.3, 1, 0.3, 0.3))):
         found = report[group].pop("voc")
         assert (found["value"], found["tasks"], *found["interval"]) == pytest.approx(expected)
     assert report == {"seen": {}, "unseen": {}, "tasks": tasks}
@@ -509,7 +511,7 @@ SHIPPED = vlmrm.Dataset(HERE / "data" / "metaworld.npz")
 SENTENCES = vlmrm.load_instructions(HERE / "data" / "instructions.json")
 
 def test_shipped_data_is_what_the_protocol_asks_for():
-    data = SHIPPED
+    data, texts = SHIPPED, [e["instruction"] for e in SENTENCES.values()]
     assert data.path.stat().st_size < 30e6 and data.frames(0).shape == (24, 96, 96, 3)
     assert set(data.task) == set(SENTENCES) and len(SENTENCES) == 50
     assert not set(data.task[data.split != "test"]) & set(vlmrm.UNSEEN_TASKS)
@@ -520,8 +522,7 @@ def test_shipped_data_is_what_the_protocol_asks_for():
         assert len(set(data.seed[data.task == task])) == 20  # no episode in two splits
     assert data.success[data.source == "expert"].any(axis=1).all()
     assert 0 <= data.rewards.min() and data.rewards.max() <= 10.01
-    assert len({text for e in SENTENCES.values() for text in (e["instruction"], *e["paraphrases"])
-                }) == 200
+    assert len({*texts, *itertools.chain(*(e["paraphrases"] for e in SENTENCES.values()))}) == 200
     opposites = {task: e["opposite"] for task, e in SENTENCES.items() if "opposite" in e}
     assert len(opposites) == 18 and all(opposites[opposites[task]] == task for task in opposites)
 
@@ -589,8 +590,10 @@ def test_episodes_that_make_no_data_set(tmp_path, episodes, error, says):
     assert not list(tmp_path.iterdir())
 
 def test_batch_is_ordered_and_of_training_experts_of_different_seen_tasks(toy):
-    episodes = vlmrm.training_episodes(toy, 3)
-    assert set(episodes) == set(list(COLORS)[:3]) == set(toy.task[toy.split == "train"])
+    """Not even a split that says otherwise makes it train on an unseen task."""
+    data, episodes = vlmrm.Dataset(toy.path), vlmrm.training_episodes(toy, 3)
+    data.split = np.full_like(toy.split, "train")
+    assert set(episodes) == set(vlmrm.training_episodes(data, 3)) == set(list(COLORS)[:3])
     for seed in range(50):
         chosen, frame_ids = vlmrm.sample_batch(episodes, 10, np.random.default_rng(seed), batch=2)
         assert len(set(toy.task[chosen])) == 2 and set(toy.split[chosen]) == {"train"}
@@ -743,21 +746,22 @@ def collect(path, tasks, **options):
                                for episode in vlmrm.collect_task(options | {"task": task})])
     return vlmrm.Dataset(path)
 
-def test_collection(alone, tmp_path):
+def test_collection(tmp_path, capsys):
     """The command line writes what is written here without its two processes: experts that succeed,
     frames in order. And the first episode of a shipped task, made anew, has the same rewards, and
     pictures that differ by no more than packing and another GL library may cost."""
     pytest.importorskip("metaworld", reason="metaworld needs Python 3.10 to 3.13")
-    tasks = "reach-v3", "drawer-close-v3"
-    status, printed, error = command(
-        "--collect", "--tasks", *tasks, "--expert", 1, "--mixed", 1, "--size", 48, "--frames", 8,
-        "--workers", 2, "--data", "new/two.npz", cwd=alone)
+    status = vlmrm.main([
+        *"--collect --tasks reach-v3 drawer-close-v3 --expert 1 --mixed 1 --size 48".split(),
+        *"--frames 8 --workers 2 --data".split(), str(tmp_path / "new" / "two.npz")])
+    printed, error = capsys.readouterr()
     if "cannot render" in error:
         pytest.skip(error)
-    assert status == 0 and "wrote 4 episodes of 2 tasks" in printed, error
-    assert os.listdir(alone / "new") == ["two.npz"]
-    data = collect(tmp_path / "two.npz", tasks, expert=1, mixed=1, size=48, frames=8)
-    assert data.path.read_bytes() == (alone / "new" / "two.npz").read_bytes()
+    assert status == 0 and "wrote 4 episodes of 2 tasks" in printed
+    assert os.listdir(tmp_path / "new") == ["two.npz"]
+    data = collect(tmp_path / "two.npz", ("reach-v3", "drawer-close-v3"), expert=1, mixed=1,
+                   size=48, frames=8)
+    assert data.path.read_bytes() == (tmp_path / "new" / "two.npz").read_bytes()
     assert list(data.source) == ["expert", "mixed"] * 2
     assert data.success[data.source == "expert"].any(axis=1).all()
     assert (np.diff(data.steps, axis=1) > 0).all()
@@ -794,6 +798,9 @@ def test_embeddings_are_unit_vectors_and_score_is_their_cosine(tiny):
     rewards = tiny.score(FRAMES, "open the drawer")
     assert rewards.shape == (3,) and rewards.dtype == np.float32
     assert rewards == pytest.approx(cosines.numpy(), abs=1e-5)
+    large = FRAMES.repeat(5, axis=1).repeat(4, axis=2)  # 200 x 224; Pillow averages too
+    small = [np.asarray(Image.fromarray(frame).resize((96, 96), 2)) for frame in large]
+    assert tiny.score(large, "push") == pytest.approx(tiny.score(np.stack(small), "push"), abs=1e-3)
     for sentence in ("żółć 🦾", "%s {} \\", "<script>", "推"):
         assert np.isfinite(tiny.score(FRAMES[:, :7, :9], sentence)).all()
 
@@ -919,9 +926,9 @@ def test_training_learns_and_beats_the_untrained_model(toy, tiny):
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_objective_trains_with_its_constants(toy, name):
     constants = {constant: values[0] for constant, values in PARTS[name]["TUNED"][1].items()}
-    _, log = train_toy(toy, functools.partial(LOSSES[name], **constants), steps=2,
+    _, log = train_toy(toy, functools.partial(LOSSES[name], **constants), steps=1,
                        labels=PARTS[name]["LABELS"])
-    assert np.isfinite(log[1]["loss"])
+    assert np.isfinite(log[0]["loss"])
 
 @pytest.mark.parametrize("loss, says", [
     (lambda frames, texts, times: frames.sum() * math.nan, "step 1: the loss is nan"),
@@ -1031,7 +1038,7 @@ def contents(folder):
 
 def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, stop, capsys):
     """Ctrl-C after the second checkpoint of four: --resume and the same command both end with the
-    bytes of the run that was never stopped. (data/soak.py does it with kills.)"""
+    bytes of the run that was never stopped."""
     assert program("--lora", "2", runs="whole") == 0
     stop()
     for how in ("resumed", "again"):
@@ -1074,7 +1081,7 @@ def test_what_is_not_the_same_run_any_more_is_not_resumed(program, toy, tmp_path
         one_line(capsys, says)
         file.write_bytes(before)
 
-@pytest.mark.parametrize("writes", [0, 1, 5])
+@pytest.mark.parametrize("writes", [0, 5])
 def test_a_full_disk_ends_in_one_line(program, tmp_path, monkeypatch, capsys, writes):
     """The disk is full after so many files: one line, whole files only, the same command goes on
     in the same folder. Of the eight files, the first is config.json, the next four checkpoints."""
@@ -1223,8 +1230,7 @@ def test_score_refuses_in_one_line(finished, tmp_path, monkeypatch, capsys, file
     ("--resume runs/x --steps 3", "--steps has no effect")])
 def test_bad_input_is_one_line_and_exit_code_2(program, arguments, says, capsys, monkeypatch,
                                                tmp_path):
-    """Also what would not be obeyed: nobody should find that out at the end of a run. And nothing
-    is left behind."""
+    """Also for what would not be obeyed. Nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text("no data")
     Path("nothing.py").write_text("def my_loss(frames, texts, times): pass")
@@ -1338,21 +1344,20 @@ def test_pages_show_the_saved_results():
         line = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} {group}"
         assert line in vlmrm.__doc__, f"the header of vlmrm.py should say {line}"
 
-def test_saved_results_are_of_this_code_and_data():
+def test_saved_results_are_of_this_code_and_data(monkeypatch):
     """The settings of every saved run are what the program would use now."""
+    monkeypatch.setattr(vlmrm, "digest", functools.cache(vlmrm.digest))
     paths, seen = study.all_objectives(), set()
     for result in json.loads((RESULTS / "results.json").read_text()):
         saved, row = result["config"], result["row"]
-        args = vlmrm.parse_arguments(
-            ["--backbone", saved["backbone"], "--seed", str(saved["seed"])])
+        args = vlmrm.parse_arguments(["--backbone", saved["backbone"], f"--seed={saved['seed']}"])
         assert saved == {"setting": saved["setting"]} | study.reduced(study.configure(
             args, saved["setting"], objective=paths.get(row, "triplet"))), row  # the thumbnail's
         seen.add((row, saved["seed"]))
     assert seen >= set(itertools.product(LOSSES, range(3)))
 
-@pytest.mark.parametrize("number, answer, expected", [
-    (1, 0.5, False), (2, vlmrm.triplet_loss, False), (2, LOSSES["decisionnce-p"], True),
-    (3, 1.0, False)])
+@pytest.mark.parametrize("number, answer, expected", [(1, 0.5, False), (3, 1.0, False),
+    (2, vlmrm.triplet_loss, False), (2, LOSSES["decisionnce-p"], True)])
 def test_exercises_know_right_from_wrong(number, answer, expected):
     right, remark = getattr(exercises, f"check_{number}")(answer)
     assert right == expected and remark
@@ -1372,6 +1377,24 @@ def test_paired_p_values_by_hand():
 def test_best_of_is_the_mean_over_all_draws():
     values, truth = np.random.default_rng(5).random((2, 7))
     for n in range(1, 8):
-        draws = [max(draw, key=lambda i: values[i])
-                 for draw in itertools.combinations(range(7), n)]
+        draws = [max(draw, key=values.item) for draw in itertools.combinations(range(7), n)]
         assert exercises.best_of(values, truth, n) == pytest.approx(truth[draws].mean())
+
+def test_captions_of_scenes_are_no_orders_and_fit():
+    """Whatever is true of a scene: no sentence of a task is in its captions, nor does one begin as
+    an order does; each fact that a caption states is true."""
+    tokenizer = vlmrm.tiny_tokenizer()
+    for task, kind in scenes.KIND_OF.items():
+        facts, rng = scenes.measures_and_facts(kind)[1], np.random.default_rng(len(task))
+        for _ in range(10):
+            true = rng.random(len(facts)) < 0.3
+            text, said = scenes.caption(rng, facts, true, tokenizer)
+            assert not scenes.forbidden(text, SENTENCES) and len(tokenizer.encode(text)) <= 22
+            assert true[said].all() and 1 <= len(said) <= 3, text
+
+def test_contrast_by_hand():
+    """Logits 1 and 0. One true caption each: log(1 + e) - 1; both true: the mean with log(1 + e)."""
+    for true, expected in ((np.eye(2), math.log(1 + math.e) - 1),
+                           (np.ones((2, 2)), math.log(1 + math.e) - 0.5)):
+        loss = scenes.contrast(torch.eye(2), torch.eye(2), torch.tensor(true), 1.0)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
