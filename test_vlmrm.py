@@ -1393,7 +1393,7 @@ def test_captions_of_scenes_are_no_orders_and_fit():
             assert true[said].all() and 1 <= len(said) <= 3, text
 
 def test_contrast_by_hand():
-    """Logits 1 and 0. One true caption each: log(1 + e) - 1; both true: the mean with log(1 + e)."""
+    """Logits 1 and 0. One true caption each: log(1 + e) - 1; both: the mean with log(1 + e)."""
     for true, expected in ((np.eye(2), math.log(1 + math.e) - 1),
                            (np.ones((2, 2)), math.log(1 + math.e) - 0.5)):
         loss = scenes.contrast(torch.eye(2), torch.eye(2), torch.tensor(true), 1.0)
