@@ -7,7 +7,7 @@ vectors, and their cosine is the reward. What it is worth depends on the objecti
 with, and that is what this file compares, after "Revisiting the learning objectives of
 vision-language reward models" (arXiv 2512.20675): same backbone, same videos, same evaluation.
 
-  python vlmrm.py --objective triplet              train, test, draw: 43 seconds on two CPU cores
+  python vlmrm.py --objective triplet              train, test, draw: 40 seconds on two CPU cores
   python vlmrm.py --objective all --seeds 3                      compare the paper's five
   python vlmrm.py --objective triplet my_own.py                  compare one with yours
   python vlmrm.py --score clip.mp4 --instruction "close the drawer"      use what was trained

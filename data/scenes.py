@@ -1,11 +1,11 @@
 """Pictures of random scenes with captions, and a tiny CLIP trained on them. It stays beside
-vlmrm.py because it makes data/tiny.safetensors: a backbone that has seen drawers, doors and mugs in
-all their states before any objective touches it, as SigLIP2 has seen the web. No expert, policy,
+vlmrm.py because it makes data/world.safetensors: a backbone that has seen drawers, doors and mugs
+in all their states before any objective touches it, as SigLIP2 has seen the web. No expert, policy,
 reward or instruction of a task has any part in it.
 
-    python data/scenes.py collect --out runs/scenes/train                 200,000 scenes: an hour
+    python data/scenes.py collect --out runs/scenes/train              200,000 scenes: half an hour
     python data/scenes.py collect --out runs/scenes/test --seed 1 --scenes 80
-    python data/scenes.py train --scenes runs/scenes/train --test runs/scenes/test     80 minutes
+    python data/scenes.py train --scenes runs/scenes/train --test runs/scenes/test     half an hour
 
 The times are of two cores. --strict leaves out the environments of the ten unseen tasks. The same
 command goes on with what was stopped. What stands where, and all words, are in scenes.json. A file
@@ -549,7 +549,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scenes", type=Path, nargs="+", required=True, help="folders of scenes")
     add("--test", type=Path, required=True, help="a folder of scenes of another seed")
     add("--out", type=Path, default=vlmrm.DATA / "world.safetensors", help="where weights go")
-    add("--steps", type=int, default=5000, help="optimiser steps (5000)")
+    add("--steps", type=int, default=4000, help="optimiser steps (4000)")
     add("--seed", type=int, default=0, help="of all that is random (0)")
     for some in (collecting, training):
         some.add_argument("--tasks", nargs="+", choices=KIND_OF, default=sorted(KIND_OF),
