@@ -46,9 +46,9 @@ def settings_of(objective: str) -> tuple[str, ...]:
 
 def configure(args: argparse.Namespace, setting: str = "tuned", **changes) -> dict:
     """The configuration of a run with these options changed, and with the authors' constants."""
-    config = vlmrm.configuration(argparse.Namespace(**vars(args) | changes))
-    return config | ({"learning_rate": args.learning_rate or RATE, "constants": {}}
-                     if setting == "official" else {})
+    job = argparse.Namespace(**vars(args) | changes)
+    authors = {"learning_rate": job.learning_rate or RATE, "constants": {}}
+    return vlmrm.configuration(job) | (authors if setting == "official" else {})
 
 def finish(args: argparse.Namespace, setting: str = "tuned", **changes) -> tuple[Path, dict]:
     """Do one run, unless it is done. Returns its folder and metrics."""
