@@ -442,11 +442,6 @@ def test_ranking_accuracy_is_the_double_loop(T, pairs):
     assert vlmrm.ranking_accuracy(np.float32(p), np.float32(r), pairs) == pytest.approx(
         np.mean(points) if points else math.nan, nan_ok=True)
 
-def test_a_clock_gets_one_half_between_frames_at_the_same_time():
-    clock, truth = np.tile(np.arange(9.0), (4, 1)), np.sort(ROWS[1], axis=1)
-    assert vlmrm.ranking_accuracy(clock, truth, "same_time") == 0.5
-    assert vlmrm.ranking_accuracy(clock, truth, "within") == 1
-
 @pytest.mark.parametrize("seed", range(20))
 def test_metrics_ignore_increasing_maps_and_flip(seed):
     rng = np.random.default_rng(seed)
@@ -652,7 +647,7 @@ def command(*arguments, cwd, script="vlmrm.py"):
         timeout=300, env=os.environ | {"PYTHONPATH": ""})
     return result.returncode, result.stdout, result.stderr
 
-TABLE = list(itertools.product(("voc", "ranking_accuracy_within"), ("seen", "unseen")))
+TABLE = list(itertools.product(("voc", "ranking_accuracy_same_time"), ("seen", "unseen")))
 
 def kept_in(folder, name="metrics.json"):
     return json.loads((folder / name).read_text())
@@ -921,11 +916,12 @@ def test_training_learns_and_beats_the_untrained_model(toy, tiny):
     after = vlmrm.evaluate(trained, toy, SENTENCES)["seen"]
     assert after["voc"]["value"] > 0.8 > before["voc"]["value"] + 0.2
     assert after["ranking_accuracy_within"]["value"] > before["ranking_accuracy_within"]["value"]
-    assert study.validation_voc(trained, toy, SENTENCES) > 0.8
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_objective_trains_with_its_constants(toy, name):
-    constants = {constant: values[0] for constant, values in PARTS[name]["TUNED"][1].items()}
+def test_every_objective_trains_with_the_constants_that_left_out_tasks_chose(toy, name):
+    rate, constants = PARTS[name]["TUNED"]
+    constants = {constant: values[0] for constant, values in constants.items()}
+    assert study.tuned(name, study.FIRST) == {"learning_rate": rate, "constants": constants}
     _, log = train_toy(toy, functools.partial(LOSSES[name], **constants), steps=1,
                        labels=PARTS[name]["LABELS"])
     assert np.isfinite(log[0]["loss"])
@@ -968,6 +964,7 @@ def test_a_perfect_model_gets_perfect_scores(toy):
             assert sign * (2 * found[f"ranking_accuracy_{pairs}"] - 1) > 0.9
         assert found["success_auroc"] == found["retrieval_top1"] == (sign > 0)
     assert found["opposite_gap"] == 2 * found["voc"]
+    assert study.judge(Oracle(), toy, SENTENCES, ("drawer-open-v3",)) > 0.9  # the mean of both
     assert set(report["tasks"]) == set(COLORS) and "voc" not in report["tasks"]["push-v3"]
     assert report["seen"]["voc"]["tasks"] == 2
     assert report["seen"]["ranking_accuracy_within"]["tasks"] == 3
@@ -1068,7 +1065,7 @@ def test_what_is_not_the_same_run_any_more_is_not_resumed(program, toy, tmp_path
         header, tensors = file.metadata(), load_file(own)
     for file, content, says in (
             *((own, save({name: x for name, x in tensors.items() if name != lost}, header),
-               f"cannot read {own}") for lost in ("generator", "exp_avg clip.visual.proj")),
+               f"cannot read {own}") for lost in ("generator", max(tensors))),
             (own, own.read_bytes()[:5000], f"cannot read {own}"),
             (own, (other / own.name).read_bytes(), "it belongs to another run"),
             (data, changed.getvalue(), "files that this run was started with have changed"),
@@ -1338,9 +1335,9 @@ def test_readme_commands_run(line, reader, toy, monkeypatch, capsys):
 def test_pages_show_the_saved_results():
     for name, table in report.tables(RESULTS).items():
         assert table in "".join(PAGES), f"run python data/report.py: the table {name} is old"
-    runs, shown = report.load(RESULTS)
     for metric, group in TABLE:
-        values = [run[group][metric]["value"] for run in runs["triplet", shown["triplet"]]]
+        values = [run[group][metric]["value"]
+                  for run in report.load(RESULTS)["triplet"][report.FIRST]]
         line = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} {group}"
         assert line in vlmrm.__doc__, f"the header of vlmrm.py should say {line}"
 
@@ -1350,11 +1347,13 @@ def test_saved_results_are_of_this_code_and_data(monkeypatch):
     paths, seen = study.all_objectives(), set()
     for result in json.loads((RESULTS / "results.json").read_text()):
         saved, row = result["config"], result["row"]
-        args = vlmrm.parse_arguments(["--backbone", saved["backbone"], f"--seed={saved['seed']}"])
-        assert saved == {"setting": saved["setting"]} | study.reduced(study.configure(
-            args, saved["setting"], objective=paths.get(row, "triplet"))), row  # the thumbnail's
-        seen.add((row, saved["seed"]))
-    assert seen >= set(itertools.product(LOSSES, range(3)))
+        if row in {"thumbnail", *paths}:  # not the other starts
+            args = vlmrm.parse_arguments([f"--seed={saved['seed']}"])
+            assert saved == study.reduced(study.configure(
+                args, result["way"], objective=paths.get(row, "triplet"),
+                backbone=saved["backbone"], lora=saved["lora"])), row
+            seen.add((row, result["way"], saved["seed"]))
+    assert seen >= set(itertools.product(LOSSES, study.WAYS, range(3)))
 
 @pytest.mark.parametrize("number, answer, expected", [(1, 0.5, False), (3, 1.0, False),
     (2, vlmrm.triplet_loss, False), (2, LOSSES["decisionnce-p"], True)])
@@ -1383,13 +1382,16 @@ def test_best_of_is_the_mean_over_all_draws():
 def test_captions_of_scenes_are_no_orders_and_fit():
     """Whatever is true of a scene: no sentence of a task is in its captions, nor does one begin as
     an order does; each fact that a caption states is true."""
-    tokenizer = vlmrm.tiny_tokenizer()
+    tokenizer, sentences = vlmrm.tiny_tokenizer(), list(itertools.chain(*(
+        [entry["instruction"], *entry["paraphrases"]] for entry in SENTENCES.values())))
     for task, kind in scenes.KIND_OF.items():
         facts, rng = scenes.measures_and_facts(kind)[1], np.random.default_rng(len(task))
         for _ in range(10):
             true = rng.random(len(facts)) < 0.3
             text, said = scenes.caption(rng, facts, true, tokenizer)
-            assert not scenes.forbidden(text, SENTENCES) and len(tokenizer.encode(text)) <= 22
+            assert text.split()[0] in ("the", "a", "an", "there"), text
+            assert not any(sentence in text for sentence in sentences), text
+            assert len(tokenizer.encode(text)) <= 22
             assert true[said].all() and 1 <= len(said) <= 3, text
 
 def test_contrast_by_hand():

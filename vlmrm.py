@@ -7,7 +7,7 @@ vectors, and their cosine is the reward. What it is worth depends on the objecti
 with, and that is what this file compares, after "Revisiting the learning objectives of
 vision-language reward models" (arXiv 2512.20675): same backbone, same videos, same evaluation.
 
-  python vlmrm.py --objective triplet              train, test, draw: 40 seconds on two CPU cores
+  python vlmrm.py --objective triplet              train, test, draw: 30 seconds on two CPU cores
   python vlmrm.py --objective all --seeds 3                      compare the paper's five
   python vlmrm.py --objective triplet my_own.py                  compare one with yours
   python vlmrm.py --score clip.mp4 --instruction "close the drawer"      use what was trained
@@ -16,8 +16,8 @@ vision-language reward models" (arXiv 2512.20675): same backbone, same videos, s
 
 Expect of triplet (mean ± std of seeds 0, 1, 2, on two cores of an AMD EPYC; on other CPUs some
 hundredths more or less):
-  VOC (order of an expert's frames, 1 is best)       0.90 ± 0.00 seen tasks, 0.77 ± 0.03 unseen
-  ranking accuracy at the same time (chance .5)      0.77 ± 0.01 seen tasks, 0.71 ± 0.00 unseen
+  VOC (order of an expert's frames, 1 is best)       0.90 ± 0.00 seen tasks, 0.77 ± 0.02 unseen
+  ranking accuracy at the same time (chance .5)      0.76 ± 0.01 seen tasks, 0.71 ± 0.00 unseen
 
 Shapes: B videos in a batch, K frames of each; E episodes, T frames of each; N frames of H x W
 pixels (S x S in our data); M sentences; D dimensions. Left out on purpose: a trainer class (it is
@@ -54,7 +54,7 @@ class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
 
 # {name: (its loss in section 3, learning rate, {constant: values})}. The first value was the best
-# of three on validation episodes (data/study.py tune). The authors' are in the loss's signature.
+# of three on left-out seen tasks (data/study.py tune). The authors' are in the loss's signature.
 OBJECTIVES = {
     "triplet": ("triplet_loss", 2e-3, {"margin": (0.1, 0.05, 0.2)}),
     "tcn": ("tcn_loss", 2e-3, {"temperature": (0.1, 0.3, 1.0)}),

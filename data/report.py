@@ -22,7 +22,7 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
-from study import all_objectives, paired_p_values
+from study import FIRST, WAYS, all_objectives, paired_p_values
 
 SEEN, UNSEEN = "#30638e", "#c8384e"
 SHORT = ("triplet", "tcn", "r3m", "vip", "liv",  # the paper's five, and what to hold against them
@@ -31,20 +31,14 @@ SHORT = ("triplet", "tcn", "r3m", "vip", "liv",  # the paper's five, and what to
 # -----------------------------------------------------------------------------
 # Reading the results
 
-def load(root: Path) -> tuple[dict, dict]:
-    """The runs of the study, {(row, setting): [run of each seed]}, and the setting to show of each
-    row, by VOC on unseen tasks. Their intervals are those over tasks."""
+def load(root: Path) -> dict[str, dict[str, list]]:
+    """The runs of the study, {row: {way of fine-tuning: [run of each seed]}}, by VOC on unseen
+    tasks in the first way."""
     runs = {}
     for result in json.loads((root / "results.json").read_text(encoding="utf-8")):
-        runs.setdefault((result["row"], result["config"]["setting"]), []).append(result)
-        by_task = vlmrm.average_over_tasks(result["tasks"])
-        for group in ("seen", "unseen"):
-            for metric, cell in result[group].items():  # without scores of tasks, no interval
-                value = cell["value"]
-                cell["interval"] = by_task[group].get(metric, {"interval": [value] * 2})["interval"]
-    shown = {row: "tuned" if (row, "tuned") in runs else "official" for row, _ in runs}
-    return runs, {row: shown[row] for row in sorted(shown, key=lambda row: (
-        is_baseline(row), -mean(runs[row, shown[row]], "unseen")))}
+        runs.setdefault(result["row"], {}).setdefault(result["way"], []).append(result)
+    return {row: runs[row] for row in sorted(runs, key=lambda row: (
+        is_baseline(row), -mean(runs[row][FIRST], "unseen")))}
 
 @functools.cache
 def remark_of(row: str) -> str:
@@ -80,81 +74,84 @@ def markdown(titles: list[str], rows: list[list[str]]) -> str:
     head, *lines = ["| " + " | ".join(cells).lstrip() + " |" for cells in (titles, *rows)]
     return "\n".join([head, "|" + " --- |" * len(titles), *lines])
 
-def cell(runs: list[dict], group: str, metric: str, interval: bool = True) -> str:
-    """Mean ± std over seeds, and the mean over seeds of the 95 % intervals over tasks."""
-    if not (found := [run[group][metric] for run in runs if metric in run[group]]):
+def cell(runs: list[dict], group: str, metric: str) -> str:
+    """Mean ± std over seeds."""
+    if not (found := [run[group][metric]["value"] for run in runs if metric in run[group]]):
         return ""
-    values = [entry["value"] for entry in found]
-    text = f"{np.mean(values):.2f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.2f}"
-    low, high = np.mean([entry["interval"] for entry in found], axis=0)
-    if interval and low < high:
-        text += f" [{low:.2f}, {high:.2f}]"
-    return text.replace("-0.00", "0.00")
+    spread = f" ± {np.std(found, ddof=1):.2f}" if len(found) > 1 else ""
+    return f"{np.mean(found):.2f}{spread}".replace("-0.00", "0.00")
 
-ORDER = [(metric, group) for metric in ("voc", "ranking_accuracy_within")
-         for group in ("seen", "unseen")]
-ORDER_TITLES = ["objective", "VOC, seen tasks", "VOC, unseen tasks",
-                "ranking accuracy, seen", "ranking accuracy, unseen"]
+SAME, WITHIN = "ranking_accuracy_same_time", "ranking_accuracy_within"
+ORDER = {("voc", "seen"): "VOC, seen tasks", ("voc", "unseen"): "VOC, unseen tasks",
+         (SAME, "seen"): "ranking at the same time, seen",
+         (SAME, "unseen"): "ranking at the same time, unseen"}
 
-def short_table(runs, shown) -> str:
-    """The objectives of the paper and the controls."""
-    return markdown(ORDER_TITLES, [
-        [label(row, "`"), *(cell(runs[row, shown[row]], group, metric, False)
-                            for metric, group in ORDER)] for row in SHORT if row in shown])
+def short_table(runs: dict) -> str:
+    """The objectives of the paper and the controls, trained as by default."""
+    return markdown(["objective", *ORDER.values()], [
+        [label(row, "`"), *(cell(runs[row][FIRST], group, metric) for metric, group in ORDER)]
+        for row in SHORT if row in runs])
 
-def comparison_table(runs, shown) -> str:
-    """Order in videos by every objective, by VOC on unseen tasks. ↓: worse than triplet over the
-    tasks of that column (p < .05). Bold: better, and triplet where it beats every rival."""
-    marks = {}
-    for metric, group in ORDER:
-        some = runs["triplet", shown["triplet"]][0]["tasks"]
-        tasks = sorted(task for task in some
-                       if metric in some[task] and vlmrm.group_of(task) == group)
-        scores = {row: np.mean([[run["tasks"][task][metric] for task in tasks]
-                                for run in runs[row, setting]], axis=0)
-                  for row, setting in shown.items() if is_rival(row)}
-        p = paired_p_values(scores, "triplet")
-        for row in p:
-            sign = "↓" if (scores[row] - scores["triplet"]).mean() < 0 else "↑"
-            marks[row, metric, group] = sign if p[row] < 0.05 else ""
-        if all(marks[row, metric, group] == "↓" for row in p):
-            marks["triplet", metric, group] = "↑"
+def by_ways(titles) -> list[str]:
+    return [title if len(WAYS) == 1 else f"{title}: {way}" for title in titles for way in WAYS]
+
+def versus_triplet(runs: dict, way: str, metric: str, group: str) -> dict[str, str]:
+    """{row: "↓" or "↑"} where a row differs from triplet over the tasks, p < .05. Triplet gets "↑"
+    if it beats every rival."""
+    some = runs["triplet"][way][0]["tasks"]
+    tasks = [task for task in some if metric in some[task] and vlmrm.group_of(task) == group]
+    scores = {row: np.mean([[run["tasks"][task][metric] for task in tasks]
+                            for run in by_way[way]], axis=0)
+              for row, by_way in runs.items() if is_rival(row)}
+    marks = {row: "↑" if (scores[row] - scores["triplet"]).mean() > 0 else "↓"
+             for row, p in paired_p_values(scores, "triplet").items() if p < 0.05}
+    return marks | ({"triplet": "↑"} if [*marks.values()] == ["↓"] * (len(scores) - 1) else {})
+
+def comparison_table(runs: dict) -> str:
+    """Order in videos by every objective, in both ways of fine-tuning, by VOC on unseen tasks."""
+    columns = [(*column, way) for column in ORDER for way in WAYS]
+    marks = {(metric, group, way): versus_triplet(runs, way, metric, group)
+             for metric, group, way in columns}
     rows = []
-    for row, setting in shown.items():
-        cells = [label(row, "`")]
-        for metric, group in ORDER:
-            mark = marks.get((row, metric, group), "")
-            text = cell(runs[row, setting], group, metric)
-            cells.append(f"**{text}**" if mark == "↑" else f"{text} {mark}".strip())
-        rows.append(cells)
-    return markdown(ORDER_TITLES, rows)
+    for row, by_way in runs.items():
+        rows.append([label(row, "`")])
+        for metric, group, way in columns:
+            text = cell(by_way.get(way, []), group, metric)
+            mark = marks[metric, group, way].get(row, "")
+            rows[-1].append(f"**{text}**" if mark == "↑" else f"{text} {mark}".strip())
+    return markdown(["objective", *by_ways(ORDER.values())], rows)
 
-def more_table(runs, shown) -> str:
-    """What else each objective does, in the order of comparison_table()."""
+def reading_table(runs: dict) -> str:
+    """What is left of reading, on unseen tasks, in both ways of fine-tuning."""
+    columns = {"opposite_gap": "VOC minus VOC of the opposite", "success_auroc": "success (AUROC)",
+               "retrieval_top1": "retrieval", "voc_paraphrase": "VOC, paraphrased"}
+    rows = [row for row in runs if row not in ("clock", "distance-from-start")]  # know no sentence
+    return markdown(["objective", *by_ways(columns.values())], [
+        [label(row, "`"), *(cell(runs[row].get(way, []), "unseen", metric)
+                            for metric in columns for way in WAYS)] for row in rows])
+
+def more_table(runs: dict) -> str:
+    """What else each objective does, trained as by default."""
     columns = {
+        "ranking within, seen": ("seen", WITHIN), "unseen": ("unseen", WITHIN),
         "ranking across, unseen": ("unseen", "ranking_accuracy_across"),
-        "VOC under paraphrases, seen": ("seen", "voc_paraphrase"),
-        "unseen": ("unseen", "voc_paraphrase"),
+        "VOC paraphrased, seen": ("seen", "voc_paraphrase"),
         "VOC by goal images, unseen": ("unseen", "goal_voc"),
-        "VOC minus VOC of opposite, unseen": ("unseen", "opposite_gap"),
-        "retrieval top 1, seen": ("seen", "retrieval_top1")}
-    return markdown(["objective", *columns, "official constants: VOC, seen", "unseen"], [
-        [label(row, "`"), *(cell(runs[row, setting], group, metric, False)
-                            for group, metric in columns.values()),
-         *(cell(runs.get((row, "official"), []) if setting == "tuned" else [], group, "voc", False)
-           for group in ("seen", "unseen"))] for row, setting in shown.items()])
+        "retrieval, seen": ("seen", "retrieval_top1"),
+        "EPIC distance, unseen (0 is best)": ("unseen", "epic")}
+    return markdown(["objective", *columns], [
+        [label(row, "`"), *(cell(by_way[FIRST], group, metric)
+                            for group, metric in columns.values())]
+        for row, by_way in runs.items()])
 
-def metrics_table(runs, shown) -> str:
+def metrics_table(runs: dict) -> str:
     """Every metric, before training and after training with triplet."""
-    columns = [(runs[row, shown[row]], group) for group in ("seen", "unseen")
-               for row in ("zeroshot", "triplet")]
-    return markdown(["", "seen tasks: before", "triplet", "unseen tasks: before", "triplet"], [
-        [text, *(cell(some, group, metric, False) for some, group in columns)]
-        for metric, text in [*((metric, text) for metric, (text, _) in vlmrm.METRICS.items()),
-                             ("epic", "EPIC distance (0 is best)")]
-        if metric in columns[0][0][0]["seen"]])
+    columns = [(runs[row][way], group) for group in ("seen", "unseen")
+               for row, way in (("zeroshot", FIRST), *(("triplet", way) for way in WAYS))]
+    return markdown(["", "seen tasks: before", *by_ways(["triplet"]), "unseen tasks: before",
+                     *by_ways(["triplet"])], [
+        [text, *(cell(some, group, metric) for some, group in columns)]
+        for metric, (text, _) in vlmrm.METRICS.items()])
 
 def over_tasks(scores: np.ndarray, sign: str = "") -> str:
     """Mean and 95 % t interval over tasks."""
@@ -166,19 +163,20 @@ def folds_table(found: dict) -> str:
     """Unseen tasks of all folds of data/study.py, and by how much triplet beats its rivals."""
     columns = {row: {metric: np.array([scores[metric] for fold in folds
                                        for _, scores in sorted(fold.items()) if metric in scores])
-                     for metric in ("voc", "ranking_accuracy_within")}
-               for row, folds in found.items()}
+                     for metric in ("voc", SAME, WITHIN)} for row, folds in found.items()}
     tested = [row for row in found if is_rival(row) or row in ("thumbnail", "distance-from-start")]
-    p = paired_p_values({row: columns[row]["voc"] for row in tested}, "triplet")
+    p = {metric: paired_p_values({row: columns[row][metric] for row in tested}, "triplet")
+         for metric in ("voc", SAME)}
     rows = []
     for row in sorted(columns, key=lambda row: (is_baseline(row), -columns[row]["voc"].mean())):
-        gain = columns["triplet"]["voc"] - columns[row]["voc"]
-        rows.append([
-            label(row, "`"), *map(over_tasks, columns[row].values()),
-            *([over_tasks(gain, "+"), f"{p[row]:.3f}", f"{(gain > 0).sum()} of {len(gain)}"]
-              if row in p else [""] * 3)])
-    return markdown(["objective", "VOC", "ranking within", "VOC: triplet minus it", "p",
-                     "tasks won"], rows)
+        rows.append([label(row, "`"), *(
+            f"{scores.mean():.2f}".replace("-0.00", "0.00") for scores in columns[row].values())])
+        for metric in p:
+            gain = columns["triplet"][metric] - columns[row][metric]
+            rows[-1] += [over_tasks(gain, "+"), f"{p[metric][row]:.3f}"] if row in p[metric] else [
+                "", ""]
+    return markdown(["objective", "VOC", "ranking at the same time", "ranking within",
+                     "VOC: triplet minus it", "p", "same time: triplet minus it", "p"], rows)
 
 def benchmark_table(found: dict) -> str:
     """What data/benchmark.py measured."""
@@ -195,10 +193,10 @@ def benchmark_table(found: dict) -> str:
 
 def tables(root: Path) -> dict[str, str]:
     """All tables, by the names of the marks they stand between."""
-    runs, shown = load(root)
-    found = {name: table(runs, shown) for name, table in {
-        "short": short_table, "comparison": comparison_table, "more": more_table,
-        "metrics": metrics_table}.items()}
+    runs = load(root)
+    found = {name: table(runs) for name, table in {
+        "short": short_table, "comparison": comparison_table, "reading": reading_table,
+        "more": more_table, "metrics": metrics_table}.items()}
     return found | {name: table(vlmrm.read_json(root / f"{name}.json")) for name, table in {
         "folds": folds_table, "benchmark": benchmark_table}.items()}
 
@@ -212,14 +210,13 @@ def fill(page: str, root: Path) -> str:
 # -----------------------------------------------------------------------------
 # Pictures of the study
 
-def draw_heat_map(runs, shown, path: Path) -> None:
-    """VOC of every task under every objective whose runs tell it by task."""
-    some = runs["triplet", shown["triplet"]][0]["tasks"]
+def draw_heat_map(runs: dict, path: Path) -> None:
+    """VOC of every task under every objective."""
+    some = runs["triplet"][FIRST][0]["tasks"]
     tasks = sorted((task for task in some if "voc" in some[task]),
                    key=lambda task: (task not in vlmrm.UNSEEN_TASKS, task))
-    rows = [row for row in shown if set(runs[row, shown[row]][0]["tasks"]) >= set(tasks)]
-    voc = np.array([[np.mean([run["tasks"][task]["voc"] for run in runs[row, shown[row]]])
-                     for row in rows] for task in tasks])
+    voc = np.array([[np.mean([run["tasks"][task]["voc"] for run in by_way[FIRST]])
+                     for by_way in runs.values()] for task in tasks])
     axis = (figure := Figure(figsize=(12, 14.5), layout="constrained")).subplots()
     image = axis.imshow(voc, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     for (y, x), value in np.ndenumerate(voc):
@@ -227,10 +224,41 @@ def draw_heat_map(runs, shown, path: Path) -> None:
                   fontsize=10, color="white" if abs(value) > 0.6 else "black")
     axis.axhline(sum(task in vlmrm.UNSEEN_TASKS for task in tasks) - 0.5, color="black", lw=2)
     axis.set_yticks(range(len(tasks)), [task.removesuffix("-v3") for task in tasks], fontsize=10)
-    axis.set_xticks(range(len(rows)), map(label, rows), rotation=55, ha="left", fontsize=11)
+    axis.set_xticks(range(len(runs)), map(label, runs), rotation=55, ha="left", fontsize=11)
     axis.xaxis.tick_top()
     axis.set_title("VOC by task and objective; above the line: tasks never trained on", loc="left")
     figure.colorbar(image, shrink=0.3, label="VOC")
+    vlmrm.write_whole(path, figure)
+
+def draw_kept(runs: dict, reading: dict, data, path: Path) -> None:
+    """Order against reading on unseen tasks, from the start to the end of each fine-tuning; and
+    what becomes of door-open, which is unseen, under its sentence and the opposite one."""
+    figure = Figure(figsize=(16, 6.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(5, 2))
+    for axis, metric in zip(left.subplots(1, 2), ("voc", SAME)):
+        place = lambda some: [mean(some, "unseen", name) for name in ("opposite_gap", metric)]
+        start = place(runs["zeroshot"][FIRST])
+        for k, row in enumerate(row for row in runs if remark_of(row) in ("", "privileged")):
+            line = [start, *([some["opposite_gap"], some[metric]]
+                             for some in reading["between"][row].values()),
+                    place(runs[row][FIRST][:1])]  # of the first seed; the mark is the mean
+            axis.plot(*zip(*line), color=f"C{k % 10}", lw=1, alpha=0.4)
+            for way, mark in zip(runs[row], "oD"):
+                axis.plot(*(end := place(runs[row][way])), mark, color=f"C{k % 10}")
+                axis.annotate(row, end, xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axis.plot(*start, "*", color="black", ms=18)
+        axis.set(xlabel="reading: VOC minus VOC of the opposite instruction",
+                 title=f"{vlmrm.METRICS[metric][0]}, unseen tasks")
+    doors = sorted(reading["door"].items(), reverse=True)  # zeroshot first
+    axes = right.subplots(len(doors) + 1, 1, height_ratios=(1, *[2] * len(doors)))
+    frames = data.frames(data.select(task="door-open-v3", source="expert", split="test")[0])
+    axes[0].imshow(np.concatenate(frames[np.linspace(0, data.T - 1, 6).astype(int)], axis=1))
+    axes[0].set_axis_off()
+    for axis, (title, curves) in zip(axes[1:], doors):
+        for (text, rewards), color in zip(curves.items(), (SEEN, UNSEEN)):
+            axis.plot(rewards, color=color, label=text)
+        axis.set_title("the start" if title.startswith("zeroshot") else title, fontsize=10)
+    axes[1].legend(fontsize=8)
     vlmrm.write_whole(path, figure)
 
 # -----------------------------------------------------------------------------
@@ -254,8 +282,6 @@ LOOKS = {  # objective: what it wants, and its edges, (kind, from, to)
     "liv": ("vip, and the end finds its sentence", [
         ("pull", "o0", "o4"), ("rise", "o1", "o2"), ("goal", "o4", "o4"), ("pull", "o4", "l"),
         ("push", "o4", "m"), ("push", "p4", "l")]),
-    "clip": ("every frame finds its sentence", [
-        *[("pull", f"o{k}", "l") for k in range(5)], ("push", "o2", "m"), ("push", "p2", "l")]),
 }
 TIMES = (0.04, 0.36, 0.46, 0.72, 0.97)  # of the five frames, as shares of the episode
 
@@ -322,13 +348,14 @@ def draw_looks(data, sentences: dict, path: Path) -> None:
 
 def draw_all(root: Path) -> None:
     """All pictures of the results in a folder."""
-    (runs, shown), rewards = load(root), np.load(root / "rewards.npz")
+    runs, rewards = load(root), np.load(root / "rewards.npz")
     data = vlmrm.Dataset(vlmrm.DATA / "metaworld.npz")
     sentences = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
     with tempfile.TemporaryDirectory() as folder:
-        vlmrm.compare({label(row): runs[row, shown[row]] for row in shown}, Path(folder))
+        vlmrm.compare({label(row): by_way[FIRST] for row, by_way in runs.items()}, Path(folder))
         shutil.copy(Path(folder, "comparison.png"), root)
-    draw_heat_map(runs, shown, root / "heatmap.png")
+    draw_heat_map(runs, root / "heatmap.png")
+    draw_kept(runs, vlmrm.read_json(root / "reading.json"), data, root / "kept.png")
     draw_looks(data, sentences, root / "looks.png")
     predicted = dict(zip(rewards["triplet/episodes"].tolist(), rewards["triplet/predicted"]))
     vlmrm.draw_curves({"predicted": predicted}, data, sentences, root / "curves.png")

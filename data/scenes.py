@@ -5,7 +5,7 @@ reward or instruction of a task has any part in it.
 
     python data/scenes.py collect --out runs/scenes/train              200,000 scenes: 25 minutes
     python data/scenes.py collect --out runs/scenes/test --seed 1 --scenes 80
-    python data/scenes.py train --scenes runs/scenes/train --test runs/scenes/test     3/4 of an hour
+    python data/scenes.py train --scenes runs/scenes/train --test runs/scenes/test     45 minutes
 
 The times are of two cores. --strict leaves out the environments of the ten unseen tasks, and writes
 data/strict.safetensors. The same command goes on with what was stopped. What stands where, and all

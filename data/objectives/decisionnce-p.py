@@ -9,7 +9,7 @@ allows both). Uses vlmrm.cosine() and vlmrm.info_nce().
 """
 import vlmrm
 
-TUNED = (5e-4, {"scale": (3.0, 10.0, 100.0)})
+TUNED = (2e-3, {"scale": (10.0, 3.0, 100.0)})
 
 def loss(frames, texts, times, scale: float = 100.0):
     rewards = vlmrm.cosine(frames[:, None], texts[:, None])  # (B videos, B texts, K)

@@ -13,7 +13,7 @@ import torch
 
 import vlmrm
 
-TUNED = (5e-4, {"scale": (5.0, 1.0, 20.0)})
+TUNED = (2e-3, {"scale": (5.0, 1.0, 20.0)})
 
 def expectile_loss(value, target, next_target, success, gamma: float, expectile: float):
     """The core: V(o; g) moves to -1 + gamma V(o'; g), faster up than down. An expectile near 1 is

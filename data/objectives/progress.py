@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import vlmrm
 
-TUNED = (5e-4, {"scale": (10.0, 5.0, 20.0)})
+TUNED = (2e-3, {"scale": (5.0, 10.0, 20.0)})
 
 def loss(frames, texts, times, scale: float = 10.0):
     frames = torch.cat([frames, frames[:, :-1].flip(1)], dim=1)[:, 1:]  # (B, 2 K - 2, D)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import vlmrm
 
-TUNED = (5e-4, {"scale": (20.0, 1.0, 100.0)})
+TUNED = (2e-3, {"scale": (1.0, 20.0, 100.0)})
 
 def loss(frames, texts, times, scale: float = 1.0, margin: float = 0.0, rank_weight: float = 33.0):
     scores = scale * vlmrm.cosine(frames, texts[:, None, None])  # (B texts, B videos, K)
