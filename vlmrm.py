@@ -294,8 +294,8 @@ def collect_task(job: dict) -> list[dict]:
     return assign_splits(episodes)
 
 def assign_splits(episodes: list[dict]) -> list[dict]:
-    """Give each episode of one task its split. Experts: 60 % train, 15 % validation (of which only
-    data/study.py makes use), 25 % test. Mixed: 1/3 validation. Of an unseen task all is test."""
+    """Give each episode of one task its split. Experts: 60 % train, 15 % validation (for choices
+    of yours), 25 % test. Mixed: 1/3 validation. Of an unseen task all is test."""
     for source, train_until, validation_until in (("expert", 0.6, 0.75), ("mixed", 0, 1 / 3)):
         group = [episode for episode in episodes if episode["source"] == source]
         for i, episode in enumerate(group):
