@@ -652,6 +652,10 @@ def command(*arguments, cwd, script="vlmrm.py"):
         timeout=300, env=os.environ | {"PYTHONPATH": ""})
     return result.returncode, result.stdout, result.stderr
 
+def torchrun(processes, *arguments, cwd):
+    return command("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                   *arguments, cwd=cwd, script="-m")
+
 TABLE = list(itertools.product(("voc", "ranking_accuracy_within"), ("seen", "unseen")))
 
 def kept_in(folder, name="metrics.json"):
@@ -738,6 +742,74 @@ def test_alone_it_is_imported_killed_resumed_and_asked_for_a_score(alone, toy):
     assert began_at(error) == ["0/3", "1/3", "1/3"]
     assert len({(alone / runs / "triplet-seed0" / "model.safetensors").read_bytes()
                 for runs in ("whole", "again", "killed")}) == 1
+
+MANY = """if True:
+    import sys, torch, vlmrm
+    from vlmrm import RANK, WORLD, gather
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 5, 16, dtype=float), torch.randn(6, 16, dtype=float)
+    times = torch.linspace(0, 1, 5, dtype=float).expand(6, 5)
+    whole, own = slice(6), slice(RANK * 6 // WORLD, (RANK + 1) * 6 // WORLD)
+
+    def gradient(loss, part, gather=lambda x: x, many=0):  # many: how often the sum is too large
+        weights = [torch.eye(16, dtype=float, requires_grad=True) for _ in inputs]
+        embedded = [gather(torch.nn.functional.normalize(x[part] @ weight, dim=-1))
+                    for x, weight in zip(inputs, weights)]
+        loss(*embedded, times[:len(embedded[1])]).backward()
+        found = torch.cat([w.grad for w in weights if w.grad is not None])
+        if many:
+            torch.distributed.all_reduce(found)
+        return found / max(many, 1)
+
+    for name in sys.argv[1:]:
+        loss = vlmrm.get_objective(name)["loss"]
+        one = gradient(loss, whole)
+        apart = [(one - other).norm().item() / one.norm().item() for other in (
+            gradient(loss, own, gather, 1), gradient(loss, own, gather, WORLD),
+            gradient(loss, own, many=WORLD))]
+        if not RANK:
+            print(name, *apart)
+    """
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_many_processes_have_the_gradient_of_one(alone, processes):
+    """Of every loss. Not so where the sum is made a mean, or each process has a loss of its own,
+    which is wrong wherever videos are held against one another."""
+    (alone / "many.py").write_text(MANY)
+    paths = [ZOO.get(name, name) for name in LOSSES]
+    status, printed, error = torchrun(processes, "many.py", *paths, cwd=alone)
+    assert status == 0, error
+    for name, line in zip(LOSSES, printed.splitlines(), strict=True):
+        exact, averaged, local = map(float, line.split()[1:])
+        assert exact < 1e-12 and averaged == pytest.approx(1 - 1 / processes), name
+        assert (local > 0.01) == (name not in ("triplet", "preference", "preference-oracle")), name
+
+def test_many_processes_stop_and_go_on_and_end_where_one_does(alone):
+    """One of two is killed: both end. The same command goes on, to the weights of one process."""
+    (alone / "killed2.py").write_text(KILLED.replace(
+        "[save(*arguments), os._exit(9)]", "[save(*arguments), vlmrm.RANK and die()]").replace(
+        "import os, vlmrm", "import os, time, vlmrm\n    die = lambda: [time.sleep(1), os._exit(9)]"
+        ).replace("killed", "two"))
+    assert torchrun(2, "killed2.py", cwd=alone)[0] != 0
+    assert not list((alone / "two").rglob("*.unfinished"))
+    options = "--steps 3 --batch 2 --device cpu --runs".split()
+    status, printed, error = torchrun(2, "vlmrm.py", *options, "two", cwd=alone)
+    assert status == 0 and began_at(error) == ["1/3"], error
+    assert printed.count("ranking accuracy within") == 1
+    assert command(*options, "one", cwd=alone)[0] == 0
+    one, two = (alone / runs / "triplet-seed0" for runs in ("one", "two"))
+    start = load_file(alone / "data" / "tiny.safetensors")
+    moved, apart = 0, 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, weight in ours.items():
+        moved = max(moved, (weight - start[name]).abs().max().item())
+        apart = max(apart, (weight - theirs[name]).abs().max().item())
+    print(moved, apart)
+    assert apart < 1e-5 < 1e-3 < moved
+    a, b = (kept_in(folder)["tasks"] for folder in (one, two))
+    assert a.keys() == b.keys()
+    assert "evenly among 2" in torchrun(2, "vlmrm.py", "--batch", 3, cwd=alone)[2]
 
 def collect(path, tasks, **options):
     """Collect tasks here, one after the other."""

@@ -49,6 +49,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.modules.setdefault("vlmrm", sys.modules[__name__])  # a file with an objective may import it
 DATA = Path(__file__).resolve().parent / "data"
+RANK, WORLD = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
 
 class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
@@ -121,6 +122,8 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             parser.error(f"{option} {value} is not between {low} and 1000000")
         if args.frames * args.size > 16383:
             parser.error("--frames x --size is over 16383, the limit of WebP")
+        if WORLD > 1 and mode in ("collect", "score"):
+            parser.error(f"--{mode} is for one process, without torchrun")
         if name not in obeyed and value != parser.get_default(name):
             parser.error(f"{option} has no effect with --{mode}")
 
@@ -163,6 +166,8 @@ def read_json(path: Path) -> dict:
 
 def write_whole(path: Path, content) -> None:
     """Write bytes, a dictionary or a figure, under another name until all of it is there."""
+    if RANK:  # of many processes the first one writes
+        return
     if isinstance(content, dict):
         content = json.dumps(content, indent=1, default=lambda array: array.tolist()).encode()
     if isinstance(content, Figure):
@@ -697,11 +702,35 @@ def reads_instruction(loss) -> bool:
 # A step: draw a batch, embed its frames and instructions, ask the objective for its number, move
 # the weights. The learning rate climbs first, while AdamW's averages are young, and then falls to
 # nothing, so that the last steps settle.
+#
+# With torchrun there are WORLD processes, one a GPU, each with a RANK and all with the same weights.
+# All draw the same batch, and each embeds its own slice. But a contrastive loss holds every video
+# against every other: of a slice alone it would be another loss. So they hand their embeddings
+# round, and each computes the loss of the whole batch. Its gradient is complete for its own slice,
+# through which alone it reaches the weights: summed over the processes, it is that of one process.
+
+def gather(own: torch.Tensor) -> torch.Tensor:
+    """The embeddings of all processes (B, ...) from one's own (B / WORLD, ...). Only through its
+    own part does a process send a gradient back."""
+    if WORLD == 1:
+        return own
+    torch.distributed.all_gather(parts := [torch.empty_like(own) for _ in range(WORLD)],
+                                 own.detach().contiguous())
+    return torch.cat([*parts[:RANK], own, *parts[RANK + 1:]])
+
+def share(content) -> list:
+    """What each process has got, in the order of their ranks. They wait for one another."""
+    everyone = [content] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(everyone, content)
+    return everyone
 
 def training_episodes(data: Dataset, batch: int) -> dict[str, np.ndarray]:
     """The episodes to train on, {task: indices}. Raises InputError if a batch needs more tasks."""
     tasks = np.unique(data.task[data.select(split="train", source="expert")])
     tasks = [task for task in tasks if group_of(task) == "seen"]
+    if batch % WORLD:
+        raise InputError(f"--batch {batch} cannot be shared out evenly among {WORLD} processes")
     if batch > len(tasks):
         raise InputError(f"--batch {batch}: {data.path} can train on {len(tasks)} tasks only")
     return {task: data.select(split="train", source="expert", task=task) for task in tasks}
@@ -732,21 +761,26 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
     log = load_checkpoint(saved, model, optimizer, config) if saved and saved.exists() else []
     for _ in log:  # draw again what was drawn: the generator then stands where it stood
         sample_batch(episodes, data.T, rng, batch)
-    bar = tqdm(range(len(log) + 1, steps + 1), "training", initial=len(log), total=steps)
+    bar = tqdm(range(len(log) + 1, steps + 1), "training", initial=len(log), total=steps,
+               disable=RANK > 0)
+    own = slice(RANK * batch // WORLD, (RANK + 1) * batch // WORLD)
     for step in bar:
         episode_ids, frame_ids = sample_batch(episodes, data.T, rng, batch)
         pixels = np.stack([videos[e][ids] for e, ids in zip(episode_ids, frame_ids)])
         times = (data.rewards[episode_ids[:, None], frame_ids] if labels == "rewards"
                  else frame_ids / (data.T - 1))
         model.train()
-        frames = model.embed_frames(pixels)  # (B, 5, D)
-        texts = model.embed_texts(
-            [sentences[task]["instruction"] for task in data.task[episode_ids]])  # (B, D)
+        frames = gather(model.embed_frames(pixels[own]))  # (B, 5, D)
+        texts = gather(model.embed_texts(
+            [sentences[task]["instruction"] for task in data.task[episode_ids[own]]]))  # (B, D)
         loss = loss_function(frames, texts, torch.tensor(times).float().to(frames.device))
         if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
             raise InputError("the loss must be one number, a tensor made of the embeddings")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for weight in weights if WORLD > 1 else []:
+            if weight.grad is not None:  # all have one, or none has
+                torch.distributed.all_reduce(weight.grad)
         norm = nn.utils.clip_grad_norm_(weights, 1.0)  # tames the odd batch
         if not (loss + norm).isfinite() or step == 1 and norm == 0:
             raise InputError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}; "
@@ -843,7 +877,8 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
     names, tasks, predicted, test = list(sentences), {}, {}, data.select(split="test")
     texts = model.embed_texts([sentences[name]["instruction"] for name in names]).cpu()  # (M, D)
     extra = [model.embed_texts(extra).cpu()] if extra else []  # for a reward that takes it
-    for task in tqdm(dict.fromkeys(data.task[test]), "evaluating", leave=False):
+    for task in tqdm([*dict.fromkeys(data.task[test])][RANK::WORLD], "evaluating", leave=False,
+                     disable=RANK > 0):
         episodes, own = data.select(split="test", task=task), names.index(task)
         opposite = names.index(sentences[task].get("opposite", task))
         truth, success = data.rewards[episodes], data.success[episodes]
@@ -861,6 +896,8 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
             "ranking_accuracy_across": ranking_accuracy(p, truth, "across"),
             "success_auroc": ranking_accuracy(p[:, -1:], success[:, -1:], "across")}  # of 0 and 1
         tasks[task] = {metric: score for metric, score in scores.items() if not math.isnan(score)}
+    tasks, predicted = (dict(sorted(itertools.chain(*(part.items() for part in parts))))
+                        for parts in zip(*share((tasks, predicted))))
     return average_over_tasks(tasks) | {"predicted": predicted}
 
 def average_over_tasks(tasks: dict[str, dict]) -> dict:
@@ -944,6 +981,7 @@ def run(config: dict, folder: Path, device: str = "auto") -> dict:
     """Train and evaluate, or go on with that, in a folder. Returns its metrics.json."""
     if not (settings := folder / "config.json").exists():
         write_whole(settings, config)
+    share(None)  # wait for the file
     with reading(settings):
         print(f"{Path(config['objective']).stem}, seed {config['seed']}: {folder}", flush=True)
         if (folder / "metrics.json").exists():
@@ -969,6 +1007,7 @@ def run(config: dict, folder: Path, device: str = "auto") -> dict:
         "torch": torch.__version__, "device": str(model.mean.device), "log": log,
         "wall_seconds": time.perf_counter() - began})
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    share(None)
     return read_json(folder / "metrics.json")
 
 def run_all(args: argparse.Namespace) -> None:
@@ -978,12 +1017,12 @@ def run_all(args: argparse.Namespace) -> None:
         configuration(argparse.Namespace(**vars(args) | {"objective": name, "seed": seed}))
         for name in dict.fromkeys(names) for seed in range(args.seed, args.seed + args.seeds)], {}
     for config in configs:
-        folder = args.resume or folder_for(config, args.runs)
+        folder = args.resume or share(None if RANK else folder_for(config, args.runs))[0]
         try:
             report = run(config, folder, args.device)
         finally:
             if {*os.listdir(folder)} <= {"config.json", "config.json.unfinished"}:  # all in vain
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
         rows.setdefault(config["objective"], []).append(report)
     if len(configs) > 1:
         return compare(rows, args.runs)
@@ -1083,10 +1122,18 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)  # what matters is said in one line
     args = parse_arguments(argv)
+    if WORLD > 1:  # by torchrun: the first process speaks and writes for all
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     try:
         (collect if args.collect else score if args.score else run_all)(args)
     except (InputError, OSError, BrokenExecutor) as problem:  # OSError: a full disk, say
-        print("vlmrm:", " ".join(str(problem).split()), file=sys.stderr)
+        if RANK:
+            time.sleep(1)  # let the first one say it: torchrun ends all when one ends
+        else:
+            print("vlmrm:", " ".join(str(problem).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nvlmrm: stopped; the same command goes on with a run", file=sys.stderr)
