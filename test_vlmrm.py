@@ -428,6 +428,8 @@ def test_ranking_accuracy_by_hand():
     assert math.isnan(vlmrm.ranking_accuracy(predicted, truth * 0))
     ends, success = np.array([[0.9, 0.4, 0.4, 0.1]]).T, np.array([[True, True, False, False]]).T
     assert vlmrm.ranking_accuracy(ends, success, "across") == 3.5 / 4
+    clock, truth = np.tile(np.arange(9.0), (4, 1)), np.sort(ROWS[1], axis=1)
+    assert [vlmrm.ranking_accuracy(clock, truth, p) for p in ("same_time", "within")] == [0.5, 1]
 
 @pytest.mark.parametrize("pairs", ["within", "across", "same_time"])
 @pytest.mark.parametrize("T", [1, 2, 9])
@@ -1063,7 +1065,7 @@ def test_what_is_not_the_same_run_any_more_is_not_resumed(program, toy, tmp_path
         header, tensors = file.metadata(), load_file(own)
     for file, content, says in (
             *((own, save({name: x for name, x in tensors.items() if name != lost}, header),
-               f"cannot read {own}") for lost in ("generator", max(tensors))),
+              f"cannot read {own}") for lost in ("generator", min(n for n in tensors if " " in n))),
             (own, own.read_bytes()[:5000], f"cannot read {own}"),
             (own, (other / own.name).read_bytes(), "it belongs to another run"),
             (data, changed.getvalue(), "files that this run was started with have changed"),
@@ -1333,9 +1335,9 @@ def test_readme_commands_run(line, reader, toy, monkeypatch, capsys):
 def test_pages_show_the_saved_results():
     for name, table in report.tables(RESULTS).items():
         assert table in "".join(PAGES), f"run python data/report.py: the table {name} is old"
+    runs = report.load(RESULTS)["triplet"][report.FIRST]
     for metric, group in TABLE:
-        values = [run[group][metric]["value"]
-                  for run in report.load(RESULTS)["triplet"][report.FIRST]]
+        values = [run[group][metric]["value"] for run in runs]
         line = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} {group}"
         assert line in vlmrm.__doc__, f"the header of vlmrm.py should say {line}"
 
@@ -1346,10 +1348,9 @@ def test_saved_results_are_of_this_code_and_data(monkeypatch):
     for result in json.loads((RESULTS / "results.json").read_text()):
         saved, row = result["config"], result["row"]
         if row in {"thumbnail", *paths}:  # not the other starts
-            args = vlmrm.parse_arguments([f"--seed={saved['seed']}"])
             assert saved == study.reduced(study.configure(
-                args, result["way"], objective=paths.get(row, "triplet"),
-                backbone=saved["backbone"], lora=saved["lora"])), row
+                vlmrm.parse_arguments([f"--seed={saved['seed']}"]), result["way"], backbone=saved[
+                    "backbone"], lora=saved["lora"], objective=paths.get(row, "triplet"))), row
             seen.add((row, result["way"], saved["seed"]))
     assert seen >= set(itertools.product(LOSSES, study.WAYS, range(3)))
 
@@ -1388,9 +1389,8 @@ def test_captions_of_scenes_are_no_orders_and_fit():
             true = rng.random(len(facts)) < 0.3
             text, said = scenes.caption(rng, facts, true, tokenizer)
             assert text.split()[0] in ("the", "a", "an", "there"), text
-            assert not any(sentence in text for sentence in sentences), text
-            assert len(tokenizer.encode(text)) <= 22
-            assert true[said].all() and 1 <= len(said) <= 3, text
+            assert not any(sentence.lower() in text.lower() for sentence in sentences), text
+            assert true[said].all() and 1 <= len(said) <= 3 and len(tokenizer.encode(text)) <= 22
 
 def test_contrast_by_hand():
     """Logits 1 and 0. One true caption each: log(1 + e) - 1; both: the mean with log(1 + e)."""

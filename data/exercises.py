@@ -217,10 +217,14 @@ def check_9(answer):
         f"{trained[chosen]}, the best on seen tasks, {singles[chosen].round(2)}")
 
 def check_10(answer):
-    runs = [vlmrm.read_json(ROOT / "runs" / "gpu" / f"{answer}-seed{seed}" / "metrics.json")
-            for seed in range(3)]
-    if not all(run["device"].startswith("cuda") for run in runs):
-        return False, "not all of the three runs were made on a GPU"
+    runs = []
+    for seed in range(3):
+        config = configuration("--seed", str(seed), objective=all_objectives()[answer])
+        folder = ROOT / "runs" / "gpu" / f"{answer}-seed{seed}"
+        runs.append(vlmrm.read_json(folder / "metrics.json"))
+        if (vlmrm.read_json(folder / "config.json") != config
+                or not runs[-1]["device"].startswith("cuda")):
+            return False, f"{folder} has other settings, or was not made on a GPU"
     found = {group: (saved(answer, group), [run[group]["voc"]["value"] for run in runs])
              for group in ("seen", "unseen")}
     # Two means of three differ with sqrt(2/3) of one run's spread.

@@ -53,8 +53,7 @@ def trains(objective: str) -> bool:
 THUMBNAIL = {"backbone": "thumbnail", "objective": "triplet", "lora": 0}
 
 def study(args: argparse.Namespace, results: Path) -> None:
-    """Compare all objectives over several seeds, then triplet on thumbnails and from other
-    starts."""
+    """Compare all objectives over several seeds, then triplet on thumbnails and other starts."""
     jobs = [(name, way, {"objective": objective}) for way in WAYS
             for name, objective in all_objectives().items()]
     jobs.append(("thumbnail", FIRST, THUMBNAIL))
@@ -75,9 +74,8 @@ def other_starts(args: argparse.Namespace) -> dict[str, str]:
         {"strict start": str(path)} if (path := HERE / "strict.safetensors").exists() else {})
 
 def gather(runs: list[tuple], data, args: argparse.Namespace, results: Path) -> None:
-    """Write the metrics of all runs to results.json, of the first seed and way the rewards to
-    rewards.npz, and what is between start and end to reading.json. runs: (row of the table, way,
-    folder, metrics)."""
+    """Write results.json, of all runs; of the first seed and way rewards.npz, and reading.json:
+    what is between start and end. runs: (row of the table, way, folder, metrics)."""
     entries, rewards, reading = [], {}, {"door": {}, "between": {}}
     for row, way, folder, metrics in runs:
         config = vlmrm.read_json(folder / "config.json")
@@ -259,16 +257,13 @@ def tune(args: argparse.Namespace, results: Path) -> None:
         parts = vlmrm.get_objective(objective)
         [(constant, values)] = parts["TUNED"][1].items()
         one = functools.partial(validate, Path(objective).stem, parts, way, constant)
-        high, low = (rate / (1 if WAYS[way] else 4) for rate in RATES)  # as in configuration()
-        one(low, max(sorted(values), key=functools.partial(one, high)))
+        one(RATES[1], max(sorted(values), key=functools.partial(one, RATES[0])))
     vlmrm.UNSEEN_TASKS = split
 
 def tuned(objective: str, way: str) -> dict:
     """The rate and constant that tune() found best."""
-    scores = {key: score for key, score in vlmrm.read_json(HERE / "results" / "tuning.json").get(
-        Path(objective).stem, {}).items() if key.startswith(way)}
-    if not scores:
-        return {}
+    found = vlmrm.read_json(HERE / "results" / "tuning.json")[Path(objective).stem]
+    scores = {key: score for key, score in found.items() if key.startswith(way)}
     _, rate, constant = max(scores, key=scores.get).split(", ")
     name, value = constant.split()
     return {"learning_rate": float(rate.split()[-1]), "constants": {name: float(value)}}
