@@ -27,9 +27,9 @@ import scipy.stats
 import torch
 from safetensors.torch import load_file
 
-WAYS = {"LoRA": 8}  # of fine-tuning: the rank of its adapters, 0 for none; the default first
+WAYS = {"LoRA": 8, "all weights": 0}  # of fine-tuning: the rank of its adapters; the default first
 FIRST = next(iter(WAYS))
-RATES = (2e-3, 5e-4)  # to try
+RATES = (2e-3, 5e-4)  # to try with adapters; with all weights a quarter of them
 
 def all_objectives() -> dict[str, str]:
     """{name: what get_objective() takes}, those of vlmrm.py and those of data/objectives/."""
@@ -253,16 +253,20 @@ def tune(args: argparse.Namespace, results: Path) -> None:
         return scores[key]
 
     objectives = all_objectives().values() if args.objective == ["all"] else args.objective
-    for objective, way in itertools.product(filter(trains, objectives), WAYS):
+    objectives = [some for some in objectives if trains(some) and some != "anchored"]  # see hunt.py
+    for objective, way in itertools.product(objectives, WAYS):
         parts = vlmrm.get_objective(objective)
         [(constant, values)] = parts["TUNED"][1].items()
         one = functools.partial(validate, Path(objective).stem, parts, way, constant)
-        one(RATES[1], max(sorted(values), key=functools.partial(one, RATES[0])))
+        first, second = (rate / (1 if WAYS[way] else 4) for rate in RATES)
+        one(second, max(sorted(values), key=functools.partial(one, first)))
     vlmrm.UNSEEN_TASKS = split
 
 def tuned(objective: str, way: str) -> dict:
-    """The rate and constant that tune() found best."""
-    found = vlmrm.read_json(HERE / "results" / "tuning.json")[Path(objective).stem]
+    """The rate and constant that tune() found best, if it had to choose them."""
+    found = vlmrm.read_json(HERE / "results" / "tuning.json").get(Path(objective).stem)
+    if not found:
+        return {}
     scores = {key: score for key, score in found.items() if key.startswith(way)}
     _, rate, constant = max(scores, key=scores.get).split(", ")
     name, value = constant.split()
@@ -286,6 +290,8 @@ def folds(args: argparse.Namespace, results: Path) -> None:
         rows = {name: finish(job, objective=objective)[1]
                 for name, objective in all_objectives().items()}
         rows["thumbnail"] = finish(job, **THUMBNAIL)[1]
+        for objective, way in itertools.product(("triplet", "anchored"), [*WAYS][1:]):
+            rows[f"{objective}, {way}"] = finish(job, way, objective=objective)[1]
         for row, metrics in rows.items():
             found.setdefault(row, []).append({
                 task: {metric: round(scores[metric], 4) for metric in ORDER if metric in scores}
