@@ -178,6 +178,27 @@ def folds_table(found: dict) -> str:
     return markdown(["objective", "VOC", "ranking at the same time", "ranking within",
                      "VOC: triplet minus it", "p", "same time: triplet minus it", "p"], rows)
 
+def kept_reading(scores: dict, start: dict) -> bool:
+    """The rule of data/hunt.py."""
+    return (scores["opposite_gap"] >= 0.8 * start["opposite_gap"]
+            and scores["success_auroc"] >= 0.75)
+
+def hunt_score(scores: dict) -> float:
+    return (scores["voc"] + 2 * scores[SAME] - 1) / 2
+
+def hunt_table(found: dict) -> str:
+    """Of every candidate the best setting that keeps reading, or else the best of all."""
+    [start], rows = found["start"].values(), []
+    for candidate, settings in found.items():
+        name, scores = max(settings.items(), key=lambda item: (
+            kept_reading(item[1], start), hunt_score(item[1])))
+        rows.append((hunt_score(scores), [
+            f"`{candidate}`", name, "yes" if kept_reading(scores, start) else "no",
+            *(f"{value:.2f}" for value in scores.values())]))
+    return markdown(["candidate", "its best setting", "keeps", "VOC", "same time", "within",
+                     "opposite gap", "success (AUROC)", "retrieval", "VOC, paraphrased"],
+                    [row for _, row in sorted(rows, reverse=True)])
+
 def benchmark_table(found: dict) -> str:
     """What data/benchmark.py measured."""
     def row(text: str, rates: dict, suffix: str = "") -> list[str]:
@@ -198,7 +219,7 @@ def tables(root: Path) -> dict[str, str]:
         "short": short_table, "comparison": comparison_table, "reading": reading_table,
         "more": more_table, "metrics": metrics_table}.items()}
     return found | {name: table(vlmrm.read_json(root / f"{name}.json")) for name, table in {
-        "folds": folds_table, "benchmark": benchmark_table}.items()}
+        "folds": folds_table, "hunt": hunt_table, "benchmark": benchmark_table}.items()}
 
 def fill(page: str, root: Path) -> str:
     """A page with the tables between <!-- name --> and <!-- end of name --> made anew."""
@@ -259,6 +280,26 @@ def draw_kept(runs: dict, reading: dict, data, path: Path) -> None:
             axis.plot(rewards, color=color, label=text)
         axis.set_title("the start" if title.startswith("zeroshot") else title, fontsize=10)
     axes[1].legend(fontsize=8)
+    vlmrm.write_whole(path, figure)
+
+def draw_frontier(found: dict, path: Path) -> None:
+    """Order against reading: every setting that data/hunt.py tried."""
+    axis = (figure := Figure(figsize=(9, 6), layout="constrained")).subplots()
+    families = {"start": ("*", "black", 18), "triplet": ("o", UNSEEN, 8),
+                "features, directions": ("o", "#2a9d5c", 9), "captions": ("o", SEEN, 5),
+                "WiSE-FT": ("D", "#e9a23b", 6), "": (".", "0.7", 8)}
+    for candidate, settings in found.items():
+        mark, color, size = next(
+            look for name, look in families.items() if candidate.startswith(name))
+        axis.plot([scores["opposite_gap"] for scores in settings.values()],
+                  [hunt_score(scores) for scores in settings.values()], mark, color=color, ms=size)
+    for family, (mark, color, size) in families.items():
+        axis.plot([], [], mark, color=color, ms=size, label=family or "others")
+    [start] = found["start"].values()
+    axis.axvline(0.8 * start["opposite_gap"], color="0.8", zorder=0)
+    axis.set(xlabel="reading: VOC minus VOC of the opposite (the line: 80 % of the start's)",
+             ylabel="order: mean of VOC and 2 RA - 1 at the same time")
+    axis.legend()
     vlmrm.write_whole(path, figure)
 
 # -----------------------------------------------------------------------------
@@ -357,6 +398,7 @@ def draw_all(root: Path) -> None:
     draw_heat_map(runs, root / "heatmap.png")
     draw_kept(runs, vlmrm.read_json(root / "reading.json"), data, root / "kept.png")
     draw_looks(data, sentences, root / "looks.png")
+    draw_frontier(vlmrm.read_json(root / "hunt.json"), root / "frontier.png")
     predicted = dict(zip(rewards["triplet/episodes"].tolist(), rewards["triplet/predicted"]))
     vlmrm.draw_curves({"predicted": predicted}, data, sentences, root / "curves.png")
 

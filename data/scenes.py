@@ -6,7 +6,6 @@ reward or instruction of a task has any part in it.
     python data/scenes.py collect --out runs/scenes/train              200,000 scenes: 25 minutes
     python data/scenes.py collect --out runs/scenes/test --seed 1 --scenes 80
     python data/scenes.py train --scenes runs/scenes/train --test runs/scenes/test     45 minutes
-    python data/scenes.py captions --scenes runs/scenes/test --out data/captions.txt --strict
 
 The times are of two cores. --strict leaves out the environments of the ten unseen tasks, and writes
 data/strict.safetensors. The same command goes on with what was stopped. What stands where, and all
@@ -509,13 +508,6 @@ def train(args: argparse.Namespace) -> None:
     vlmrm.write_whole(args.out, save(vlmrm.trained_weights(model)))
     checkpoint.unlink(missing_ok=True)
 
-def write_captions(args: argparse.Namespace) -> None:
-    """Write one caption of each scene, every one once: what the objective `anchored` keeps."""
-    scenes, rng = load_scenes(args.scenes, args.tasks), np.random.default_rng(args.seed)
-    texts = {text for task, rows in scenes["rows"].items()
-             for text in describe(scenes, task, rows, rng, vlmrm.tiny_tokenizer())[0]}
-    vlmrm.write_whole(args.out, "\n".join([*sorted(texts), ""]).encode())
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options. Bad ones end in one line and exit code 2."""
     parser = argparse.ArgumentParser("scenes", description="Make scenes, and a CLIP from them.")
@@ -531,11 +523,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="where weights go (data/tiny.safetensors)")
     add("--steps", type=int, default=5000, help="optimiser steps (5000)")
     add("--seed", type=int, default=0, help="of all that is random (0)")
-    add = (captioning := modes.add_parser("captions", help="write captions alone")).add_argument
-    add("--scenes", type=Path, nargs="+", required=True, help="folders of scenes")
-    add("--out", type=Path, required=True, help="a text file, a caption a line")
-    add("--seed", type=int, default=0, help="of all that is random (0)")
-    for some in (collecting, training, captioning):
+    for some in (collecting, training):
         some.add_argument("--tasks", nargs="+", choices=KIND_OF, default=sorted(KIND_OF),
                           metavar="TASK", help="environments (all 50)")
         some.add_argument("--strict", action="store_true", help="without the ten unseen tasks'")
@@ -549,7 +537,7 @@ def main() -> None:
     """Obey the command line."""
     args = parse_arguments()
     try:
-        {"collect": collect, "train": train, "captions": write_captions}[args.mode](args)
+        {"collect": collect, "train": train}[args.mode](args)
     except vlmrm.InputError as problem:
         print(f"scenes: {problem}", file=sys.stderr)
         sys.exit(2)
