@@ -14,14 +14,12 @@ vision-language reward models" (arXiv 2512.20675): same backbone, same videos, s
   python vlmrm.py --collect --tasks reach-v3 push-v3 --data two.npz      make your own videos
   python vlmrm.py --backbone ViT-B-32-quickgelu --pretrained openai --lora 8 --learning-rate 1e-4
 
-Expect of triplet (mean ± std of seeds 0, 1, 2, on two cores of an AMD EPYC; on other CPUs some
-hundredths more or less):
+Expect of triplet (mean ± std of seeds 0, 1, 2; other CPUs than ours differ by some hundredths):
   VOC (order of an expert's frames, 1 is best)       0.90 ± 0.00 seen tasks, 0.77 ± 0.02 unseen
   ranking accuracy at the same time (chance .5)      0.76 ± 0.01 seen tasks, 0.71 ± 0.00 unseen
 
 Shapes: B videos in a batch, K frames of each; E episodes, T frames of each; N frames of H x W
-pixels (S x S in our data); M sentences; D dimensions. Left out on purpose: a trainer class (it is
-one loop), experiment trackers (a run is a folder), data loaders (the videos fit into memory).
+pixels (S x S in our data); M sentences; D dimensions.
 """
 import argparse
 import contextlib
@@ -51,6 +49,9 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.modules.setdefault("vlmrm", sys.modules[__name__])  # a file with an objective may import it
 DATA = Path(__file__).resolve().parent / "data"
+RANK, WORLD = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
+if RANK:  # of many processes (torchrun) the first speaks, and writes, for all
+    sys.stdout = sys.stderr = open(os.devnull, "w")
 
 class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
@@ -67,19 +68,12 @@ OBJECTIVES = {
     "zeroshot": (None, 0, {}),  # the backbone as it is
 }
 
-def objective_name(text: str) -> str:
-    """A type for argparse: a name in OBJECTIVES, "all", or the path of a Python file."""
-    names = ("all", *OBJECTIVES)
-    if text in names or text.endswith(".py") and Path(text).is_file():
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(names)}, or a Python file")
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, from argv or the command line. Bad ones end in one line and exit code 2."""
     parser = argparse.ArgumentParser("vlmrm", description="Train and test reward models.")
     parser.error = lambda text: parser.exit(2, f"vlmrm: {' '.join(text.split())}; see --help\n")
     add = parser.add_argument_group("training").add_argument
-    add("--objective", nargs="+", type=objective_name, default=["triplet"], metavar="NAME",
+    add("--objective", nargs="+", default=["triplet"], metavar="NAME",
         help=f"{', '.join(OBJECTIVES)}, or a file with your own; several, or all, compared")
     add("--seed", type=int, default=0, help="of all that is random (0)")
     add("--seeds", type=int, default=1, help="how many, from --seed on (1)")
@@ -119,12 +113,17 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
                     ("score", use | {"device"}) if args.score else
                     ("resume", {"resume", "device"}) if args.resume else
                     ("objective", set(vars(args)) - use - make))
+    for text in args.objective:
+        if text not in ("all", *OBJECTIVES) and not (text.endswith(".py") and Path(text).is_file()):
+            parser.error(f"{text!r} is not all, {', '.join(OBJECTIVES)}, or a Python file")
     for name, value in vars(args).items():
         option, low = f"--{name.replace('_', '-')}", least.get(name, 1)
         if type(value) in (int, float) and not low <= value <= 10**6:
             parser.error(f"{option} {value} is not between {low} and 1000000")
         if args.frames * args.size > 16383:
             parser.error("--frames x --size is over 16383, the limit of WebP")
+        if WORLD > 1 and (args.collect or args.score):
+            parser.error(f"--{mode} is for one process, without torchrun")
         if name not in obeyed and value != parser.get_default(name):
             parser.error(f"{option} has no effect with --{mode}")
 
@@ -172,14 +171,15 @@ def write_whole(path: Path, content) -> None:
     if isinstance(content, Figure):
         content.savefig(png := io.BytesIO(), dpi=110)
         content = png.getvalue()
-    Path(f"{path}.unfinished").write_bytes(content)
-    os.replace(f"{path}.unfinished", path)
+    if not RANK:
+        Path(f"{path}.unfinished").write_bytes(content)
+        os.replace(f"{path}.unfinished", path)
 
 # -----------------------------------------------------------------------------
 # 1. Dataset collection
 #
-# A reward model learns what "further along" looks like, so it needs videos in which things get
-# done. Meta-World has 50 tasks, and for each a scripted policy: an expert. Two kinds of episodes:
+# A reward model learns what "further along" looks like, from videos in which things get done.
+# Meta-World has 50 tasks, and for each a scripted policy: an expert. Two kinds of episodes:
 #   expert  the scripted policy; only successes are kept, cut 5 steps later. We train on some. On
 #           the others, time itself says which frame is further.
 #   mixed   the same policy with noise and random actions, for 150 steps: some succeed, most dither,
@@ -309,9 +309,9 @@ def assign_splits(episodes: list[dict]) -> list[dict]:
 
 def collect(args: argparse.Namespace) -> None:
     """Write episodes of args.tasks to args.data: the same bytes for any number of workers."""
-    all_tasks, episodes = sorted(load_instructions(args.instructions)), []
+    all_tasks = sorted(load_instructions(args.instructions))
     tasks = args.tasks or all_tasks
-    if strange := set(tasks) - set(all_tasks):
+    if strange := {*tasks} - {*all_tasks}:
         raise InputError(f"unknown task {min(strange)!r}; there are {', '.join(all_tasks)}")
     args.data.parent.mkdir(parents=True, exist_ok=True)
     open(args.data, "xb").close()  # it exists, or one cannot write there: say so before the work
@@ -320,8 +320,7 @@ def collect(args: argparse.Namespace) -> None:
             min(args.workers, len(tasks)), multiprocessing.get_context("spawn"),
             signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C is for us alone
         jobs = pool.map(collect_task, [vars(args) | {"task": task} for task in tasks])
-        for some in tqdm(jobs, "collecting", total=len(tasks)):
-            episodes += some
+        episodes = list(itertools.chain(*tqdm(jobs, "collecting", total=len(tasks))))
     write_dataset(args.data, episodes)
     print(f"wrote {len(episodes)} episodes of {len(tasks)} tasks to {args.data}")
 
@@ -377,8 +376,7 @@ class Dataset:
 
     def select(self, **wanted) -> np.ndarray:
         """Indices of the episodes that match: select(split="test", source="expert")."""
-        return np.flatnonzero(np.all(
-            [getattr(self, field) == value for field, value in wanted.items()], axis=0))
+        return np.flatnonzero(np.all([getattr(self, key) == wanted[key] for key in wanted], axis=0))
 
 # -----------------------------------------------------------------------------
 # 2. The CLIP backbone
@@ -412,9 +410,9 @@ class RewardModel(nn.Module):
         super().__init__()
         self.clip, self.tokenizer, self.low_precision = clip, tokenizer, False
         self.size = int(np.max(clip.visual.image_size))
-        for name, values in (("mean", mean or open_clip.OPENAI_DATASET_MEAN),
-                             ("std", std or open_clip.OPENAI_DATASET_STD)):  # of pixels 0 to 1
-            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
+        pixels = lambda norm: 255 * torch.tensor(norm).view(3, 1, 1)  # from 0 to 255, not to 1
+        self.register_buffer("mean", pixels(mean or open_clip.OPENAI_DATASET_MEAN))
+        self.register_buffer("std", pixels(std or open_clip.OPENAI_DATASET_STD))
 
     def encode(self, tower, inputs: torch.Tensor) -> torch.Tensor:
         """Outputs of a tower as unit vectors, float32, whatever precision the tower ran in."""
@@ -465,13 +463,12 @@ def build_backbone(name: str, pretrained: str | None = None) -> RewardModel:
     """tiny, thumbnail (a control: a linear map of 12 x 12 pixels in place of the vision tower), or
     any open_clip model. pretrained: a tag, a file or "none". Raises InputError."""
     if name in ("tiny", "thumbnail"):
-        clip = open_clip.CLIP(**TINY)
-        model = RewardModel(clip, tiny_tokenizer(), [0.5] * 3, [0.5] * 3)
+        model = RewardModel(open_clip.CLIP(**TINY), tiny_tokenizer(), [0.5] * 3, [0.5] * 3)
         if pretrained != "none":
             with reading(path := Path(pretrained or DATA / "tiny.safetensors")):
                 put_weights(model, load_file(path))
         if name == "thumbnail":
-            clip.visual = nn.Sequential(
+            model.clip.visual = nn.Sequential(
                 nn.AdaptiveAvgPool2d(12), nn.Flatten(), nn.Linear(3 * 12 * 12, TINY["embed_dim"]))
         return model
     try:
@@ -564,9 +561,8 @@ def negative_permutations(n: int, batch: int) -> torch.Tensor:
 def triplet_loss(frames, texts, times, margin: float = 0.1) -> torch.Tensor:
     """Triplet: of two frames, the later one is closer to the instruction, by a margin.
         L = mean over pairs early < late of max(0, margin - cos(late, l) + cos(early, l))
-    Notice: nothing but order. Nothing ties a sentence to its task, and the model forgets which is
-    which. Source: the baseline of 2512.20675. We have not seen its exact form: all ten pairs of the
-    five frames, and this margin, are ours. Uses cosine().
+    Notice: nothing but order. Nothing ties a sentence to its task. Source: the baseline of
+    2512.20675, in a form of ours, as we have not seen theirs: all ten pairs. Uses cosine().
     """
     reward = cosine(frames, texts[:, None])  # (B, K)
     early, late = torch.triu_indices(frames.shape[1], frames.shape[1], offset=1)
@@ -648,10 +644,9 @@ def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, nega
     """VIP: the distance to the goal image shrinks with every step, learnt as a value function.
         L = implicit_value_loss(V) + l1 |x|_1 + l2 |x|_2,  V(o; og) = -scale |o - og|
     Notice: no sentence. Unit vectors are 2 apart at most, while a goal 23 frames away should get
-    V = -(1 - .98^23) / .02 = -18.6: the scale, which makes up for some of that, is ours.
-    Source: Ma et al., 2210.00030, vip/trainer.py, Ego4D constants. Differs: the goal is the end of
-    the episode, not of a random part of it. Uses implicit_value_loss(), negative_distance(),
-    norm_penalty() and negative_permutations().
+    V = -(1 - .98^23) / .02 = -18.6: scale is ours. Source: Ma et al., 2210.00030, vip/trainer.py,
+    Ego4D constants. Differs: the goal ends the episode, not a random part of it. Uses
+    implicit_value_loss(), negative_distance(), norm_penalty() and negative_permutations().
     """
     start, now, next_, _, goal = frames.unbind(1)
     perms = negative_permutations(negatives, len(frames))
@@ -680,18 +675,15 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
 def anchored_loss(frames, texts, times, start, margin: float = 0.1, keep: float = 0.3,
                   directions: float = 0.03, scale: float = 3.0) -> torch.Tensor:
     """Anchored (ours): triplet; a video moves along its own sentence and no other's; and its frames
-    stay near where the model had them before training, which is what it can read.
+    stay near where they were before training, so that the model reads what it could read.
         L = L_triplet + w_dir info_nce(R) + w_keep mean |o - o_start|^2
         R_ij = scale sum_(steps a -> b of video i) l_j . (b - a) / |b - a|
-    Notice: triplet lets a frame go wherever its sentence wants it; the last term holds it. It takes
-    a quarter more time. Source: R is DecisionNCE-T's (2402.18137, Li et al.); to stay near the start
-    is feature distillation, as in learning without forgetting (1606.09282, Li and Hoiem). What is
-    ours is to put them together, and the weights (data/hunt.py). Uses triplet_loss(), info_nce().
+    Notice: a quarter more time. Source: R is of DecisionNCE-T (2402.18137), the last term feature
+    distillation (1606.09282, Li and Hoiem). The mixture is ours. Uses triplet_loss(), info_nce().
     """
-    steps = frames[:, [0, 1, 3, 4]].diff(dim=1)  # (B, 3, D), not to the next frame: too close
-    moved = F.normalize(steps, dim=-1, eps=1e-6).sum(dim=1)  # (B, D)
+    steps = frames[:, [0, 1, 3, 4]].diff(dim=1)  # (B, 3, D), but not to the next: too close
+    contrast = info_nce(scale * F.normalize(steps, dim=-1, eps=1e-6).sum(dim=1) @ texts.T)
     away = (frames - start[0]).square().sum(dim=-1).mean()
-    contrast = info_nce(scale * moved @ texts.T)
     return triplet_loss(frames, texts, times, margin) + directions * contrast + keep * away
 
 def cosine_reward(frames: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -725,16 +717,34 @@ def reads_instruction(loss) -> bool:
 # -----------------------------------------------------------------------------
 # 4. The training loop
 #
-# A step: draw a batch, embed its frames and instructions, ask the objective for its number, move
-# the weights. The learning rate climbs first, while AdamW's averages are young, and then falls to
-# nothing, so that the last steps settle.
+# A step: draw a batch, embed it, ask the objective for its number, move the weights. The learning
+# rate climbs while AdamW's averages are young, and falls to nothing, so that the last steps settle.
+# torchrun starts WORLD processes, one a GPU, all with the same weights. They draw the same batch,
+# and each embeds its own slice. But most losses hold every video against every other: a slice alone
+# has another loss. So they hand their embeddings round, and each computes the loss of the whole
+# batch. Through its own slice it gets the whole gradient of that slice; their sum is that of one.
+
+def gather(own: torch.Tensor) -> torch.Tensor:
+    """All embeddings (B, ...) from one's own (B / WORLD, ...), which alone send a gradient back."""
+    if WORLD > 1:
+        parts = [torch.empty_like(own) for _ in range(WORLD)]
+        torch.distributed.all_gather(parts, own.detach().contiguous())
+        own = torch.cat([*parts[:RANK], own, *parts[RANK + 1:]])
+    return own
+
+def share(content) -> list:
+    """What every process has, by rank. They wait for one another."""
+    if WORLD > 1:
+        torch.distributed.all_gather_object(everyone := [None] * WORLD, content)
+    return everyone if WORLD > 1 else [content]
 
 def training_episodes(data: Dataset, batch: int) -> dict[str, np.ndarray]:
     """The episodes to train on, {task: indices}. Raises InputError if a batch needs more tasks."""
     tasks = np.unique(data.task[data.select(split="train", source="expert")])
     tasks = [task for task in tasks if group_of(task) == "seen"]
-    if batch > len(tasks):
-        raise InputError(f"--batch {batch}: {data.path} can train on {len(tasks)} tasks only")
+    if batch > len(tasks) or batch % WORLD:
+        raise InputError(f"--batch {batch}: {data.path} can train on {len(tasks)} tasks only"
+                         + f", and {WORLD} processes want equal parts" * (WORLD > 1))
     return {task: data.select(split="train", source="expert", task=task) for task in tasks}
 
 def sample_batch(episodes: dict[str, np.ndarray], T: int, rng, batch: int):
@@ -753,8 +763,8 @@ def sample_batch(episodes: dict[str, np.ndarray], T: int, rng, batch: int):
 def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, config: dict,
           labels: str = "times", saved: Path | None = None) -> list[dict]:
     """Train the model in place, by seed, steps, batch and learning_rate of config: the same bits on
-    the same CPU and number of threads. labels="rewards" hands those to the loss as times.
-    saved: a file to save to ten times, and to go on from. Returns the log."""
+    the same CPU and number of threads. labels="rewards" hands those to the loss as times. saved: a
+    file to save to ten times, and to go on from. Returns the log."""
     rng, steps, batch = np.random.default_rng(config["seed"]), config["steps"], config["batch"]
     episodes = training_episodes(data, batch)
     videos = {e: video for some in episodes.values() for e, video in zip(some, data.load(some))}
@@ -764,25 +774,26 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
     log = load_checkpoint(saved, model, optimizer, config) if saved and saved.exists() else []
     for _ in log:  # draw again what was drawn: the generator then stands where it stood
         sample_batch(episodes, data.T, rng, batch)
-    bar = tqdm(range(len(log) + 1, steps + 1), "training", initial=len(log), total=steps)
-    for step in bar:
+    model.train()
+    own = range(batch)[RANK * batch // WORLD:(RANK + 1) * batch // WORLD]
+    for step in (bar := tqdm(range(1, steps + 1)[len(log):], "training", steps, initial=len(log))):
         episode_ids, frame_ids = sample_batch(episodes, data.T, rng, batch)
-        pixels = np.stack([videos[e][ids] for e, ids in zip(episode_ids, frame_ids)])
+        pixels = np.stack([videos[episode_ids[i]][frame_ids[i]] for i in own])
+        said = [sentences[data.task[episode_ids[i]]]["instruction"] for i in own]
         times = (data.rewards[episode_ids[:, None], frame_ids] if labels == "rewards"
                  else frame_ids / (data.T - 1))
-        model.train()
-        frames = model.embed_frames(pixels)  # (B, 5, D)
-        said = [sentences[task]["instruction"] for task in data.task[episode_ids]]
-        texts, extra = model.embed_texts(said), {}  # (B, D)
-        if start:
-            with torch.no_grad():
-                extra["start"] = start.embed_frames(pixels), start.embed_texts(said)
-        times = torch.tensor(times).float().to(frames.device)  # (B, 5)
-        loss = loss_function(frames, texts, times, **extra)
+        embed = lambda tower: (gather(tower.embed_frames(pixels)), gather(tower.embed_texts(said)))
+        frames, texts = embed(model)  # (B, 5, D), (B, D)
+        with torch.no_grad():
+            extra = {"start": embed(start)} if start else {}
+        loss = loss_function(frames, texts, torch.tensor(times).float().to(frames.device), **extra)
         if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
             raise InputError("the loss must be one number, a tensor made of the embeddings")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for weight in weights:
+            if WORLD > 1 and weight.grad is not None:  # all have one, or none has
+                torch.distributed.all_reduce(weight.grad)
         norm = nn.utils.clip_grad_norm_(weights, 1.0)  # tames the odd batch
         if not (loss + norm).isfinite() or step == 1 and norm == 0:
             raise InputError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}; "
@@ -843,8 +854,7 @@ METRICS = {  # name in metrics.json: (what it is, the value of a reward that kno
 def value_order_correlation(predicted: np.ndarray) -> np.ndarray:
     """VOC: Spearman correlation of rewards (..., T) with time: (...,). Ties share their rank, a
     constant gets 0. Source: GVL, 2411.04549, and OpenGVL's code."""
-    ranks = rankdata(predicted, axis=-1)
-    ranks = ranks - ranks.mean(-1, keepdims=True)
+    ranks = rankdata(predicted, axis=-1) - (predicted.shape[-1] + 1) / 2
     centred_time = np.arange(predicted.shape[-1]) - (predicted.shape[-1] - 1) / 2
     norm = np.sqrt((ranks**2).sum(-1) * (centred_time**2).sum())
     return np.divide(ranks @ centred_time, norm, out=np.zeros_like(norm), where=norm > 0)
@@ -879,7 +889,8 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
     names, tasks, predicted, test = list(sentences), {}, {}, data.select(split="test")
     texts = model.embed_texts([sentences[name]["instruction"] for name in names]).cpu()  # (M, D)
     extra = [model.embed_texts(extra).cpu()] if extra else []  # for a reward that takes it
-    for task in tqdm(dict.fromkeys(data.task[test]), "evaluating", leave=False):
+    mine = [*dict.fromkeys(data.task[test])][RANK::WORLD]  # of the tasks: all, if we are alone
+    for task in tqdm(mine, "evaluating", leave=False):
         episodes, own = data.select(split="test", task=task), names.index(task)
         opposite = names.index(sentences[task].get("opposite", task))
         truth, success = data.rewards[episodes], data.success[episodes]
@@ -897,6 +908,8 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
             "ranking_accuracy_across": ranking_accuracy(p, truth, "across"),
             "success_auroc": ranking_accuracy(p[:, -1:], success[:, -1:], "across")}  # of 0 and 1
         tasks[task] = {metric: score for metric, score in scores.items() if not math.isnan(score)}
+    tasks, predicted = (dict(sorted(itertools.chain(*(part.items() for part in parts))))
+                        for parts in zip(*share((tasks, predicted))))
     return average_over_tasks(tasks) | {"predicted": predicted}
 
 def average_over_tasks(tasks: dict[str, dict]) -> dict:
@@ -914,11 +927,7 @@ def average_over_tasks(tasks: dict[str, dict]) -> dict:
 # -----------------------------------------------------------------------------
 # 6. A run
 #
-# Settings in, a folder out: config.json first, metrics.json last. The same command goes on with
-# what was stopped, and does not repeat what is done.
-
-SETTINGS = ("objective", "seed", "backbone", "pretrained", "lora", "steps", "batch",
-            "learning_rate", "data", "instructions")  # the options that decide the outcome
+# Settings in, a folder out: config.json first, metrics.json last. The same command goes on with it.
 
 def digest(file: str | None) -> str:
     """SHA-256 of a file, of tiny's own weights if none is named."""
@@ -927,7 +936,9 @@ def digest(file: str | None) -> str:
 def configuration(args: argparse.Namespace) -> dict:
     """What decides the outcome of a run: options, constants, checksums of the files they name."""
     rate, constants = get_objective(args.objective)["TUNED"]
-    config = {name: getattr(args, name) for name in SETTINGS} | {
+    config = {name: getattr(args, name) for name in (
+        "objective", "seed", "backbone", "pretrained", "lora", "steps", "batch", "data",
+        "instructions")} | {
         # The rates are those of adapters. All weights together want smaller steps.
         "learning_rate": args.learning_rate or rate / (1 if args.lora else 4), "sha256": {},
         "constants": {name: values[0] for name, values in constants.items()}}
@@ -939,11 +950,12 @@ def configuration(args: argparse.Namespace) -> dict:
     return json.loads(json.dumps(config, default=str))  # as config.json gives it back
 
 def folder_for(config: dict, root: Path) -> Path:
-    """runs/triplet-seed0, or -2, -3, ...: the first folder that has this run, or is new."""
+    """runs/triplet-seed0, or -2, -3, ...: the first that has this run, or a new one."""
     for n in itertools.count(1):
         folder = root / f"{Path(config['objective']).stem}-seed{config['seed']}{f'-{n}' * (n > 1)}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)  # nobody else can take it now
+            write_whole(folder / "config.json", config)
             return folder
         if (folder / "config.json").exists() and read_json(folder / "config.json") == config:
             return folder
@@ -979,9 +991,7 @@ def load_reward_model(folder: str | Path, device: str = "auto") -> RewardModel:
 
 def run(config: dict, folder: Path, device: str = "auto") -> dict:
     """Train and evaluate, or go on with that, in a folder. Returns its metrics.json."""
-    if not (settings := folder / "config.json").exists():
-        write_whole(settings, config)
-    with reading(settings):
+    with reading(folder / "config.json"):
         print(f"{Path(config['objective']).stem}, seed {config['seed']}: {folder}", flush=True)
         if (folder / "metrics.json").exists():
             return read_json(folder / "metrics.json")
@@ -1006,6 +1016,7 @@ def run(config: dict, folder: Path, device: str = "auto") -> dict:
         "torch": torch.__version__, "device": str(model.mean.device), "log": log,
         "wall_seconds": time.perf_counter() - began})
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    share(None)
     return read_json(folder / "metrics.json")
 
 def run_all(args: argparse.Namespace) -> None:
@@ -1015,12 +1026,12 @@ def run_all(args: argparse.Namespace) -> None:
         configuration(argparse.Namespace(**vars(args) | {"objective": name, "seed": seed}))
         for name in dict.fromkeys(names) for seed in range(args.seed, args.seed + args.seeds)], {}
     for config in configs:
-        folder = args.resume or folder_for(config, args.runs)
+        folder = args.resume or share(None if RANK else folder_for(config, args.runs))[0]
         try:
             report = run(config, folder, args.device)
         finally:
             if {*os.listdir(folder)} <= {"config.json", "config.json.unfinished"}:  # all in vain
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
         rows.setdefault(config["objective"], []).append(report)
     if len(configs) > 1:
         return compare(rows, args.runs)
@@ -1056,8 +1067,7 @@ def compare(rows: dict[str, list[dict]], folder: Path) -> None:
     print(f"{table}\nThe table and comparison.png are in {folder}")
 
 def draw_videos(videos: list[tuple], path: Path) -> None:
-    """A film strip and a curve for each video: its title, its frames, uint8 (T, H, W, 3), and one
-    or two {label: values (T,)}."""
+    """A strip and a curve of each (title, frames uint8 (T, H, W, 3), up to two {label: (T,)})."""
     figure = Figure(figsize=(13, 1.9 * len(videos)), layout="constrained")
     axes = figure.subplots(len(videos), 2, squeeze=False, width_ratios=(3, 1))
     for (strip, axis), (title, frames, curves) in zip(axes, videos):
@@ -1075,15 +1085,14 @@ def draw_curves(report: dict, data: Dataset, sentences: dict, path: Path) -> Non
     """An expert and a failure of a seen and an unseen task each, chosen by the data alone."""
     videos, moved = [], np.ptp(data.rewards, axis=1)
     failed = (data.source == "mixed") & ~data.success.any(1) & (moved > 1)
-    for kind, fits in (("expert", data.source == "expert"), ("failure", failed)):
-        for group in ("seen", "unseen"):
-            some = [e for e in report["predicted"] if fits[e] and group_of(data.task[e]) == group]
-            for e in some[len(some) // 2:][:1]:
-                title = f"{sentences[data.task[e]]['instruction']} ({kind}, {group} task)"
-                curves = {"model's reward": report["predicted"][e]}
-                if moved[e]:  # of films of one's own nobody knows it
-                    curves["simulator's"] = data.rewards[e]
-                videos.append((title, data.frames(e), curves))
+    kinds = {"expert": data.source == "expert", "failure": failed}
+    for (kind, fits), group in itertools.product(kinds.items(), ("seen", "unseen")):
+        some = [e for e in report["predicted"] if fits[e] and group_of(data.task[e]) == group]
+        for e in some[len(some) // 2:][:1]:
+            title = f"{sentences[data.task[e]]['instruction']} ({kind}, {group} task)"
+            known = {"simulator's": data.rewards[e]} if moved[e] else {}  # nobody knows a film's
+            curves = {"model's reward": report["predicted"][e]} | known
+            videos.append((title, data.frames(e), curves))
     draw_videos(videos, path)
 
 def score(args: argparse.Namespace) -> None:
@@ -1093,8 +1102,7 @@ def score(args: argparse.Namespace) -> None:
     with reading(args.model / "config.json"):
         config = read_json(args.model / "config.json")
         parts = get_objective(config["objective"])
-        loss = parts["loss"] and functools.partial(parts["loss"], **config["constants"])
-    if parts["reward"] != cosine_reward or loss and not reads_instruction(loss):
+    if parts["reward"] != cosine_reward or parts["loss"] and not reads_instruction(parts["loss"]):
         raise InputError(f"{args.model} was not trained for the cosine of frame and sentence")
     model, rewards, shown = load_reward_model(args.model, args.device), [], []
     files = [args.score] if not args.score.is_dir() else sorted(
@@ -1120,9 +1128,14 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)  # what matters is said in one line
     args = parse_arguments(argv)
+    if WORLD > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
     try:
         (collect if args.collect else score if args.score else run_all)(args)
     except (InputError, OSError, BrokenExecutor) as problem:  # OSError: a full disk, say
+        time.sleep(RANK > 0)  # torchrun ends all when one ends: the first one should say why
         print("vlmrm:", " ".join(str(problem).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
