@@ -689,6 +689,10 @@ def command(*arguments, cwd, script="vlmrm.py"):
         timeout=300, env=os.environ | {"PYTHONPATH": ""})
     return result.returncode, result.stdout, result.stderr
 
+def torchrun(processes, script, *arguments, cwd):
+    return command("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                   script, *arguments, cwd=cwd, script="-m")
+
 TABLE = list(itertools.product(("voc", "ranking_accuracy_same_time"), ("seen", "unseen")))
 
 def kept_in(folder, name="metrics.json"):
@@ -775,6 +779,92 @@ def test_alone_it_is_imported_killed_resumed_and_asked_for_a_score(alone, toy):
     assert began_at(error) == ["0/3", "1/3", "1/3"]
     assert len({(alone / runs / "triplet-seed0" / "model.safetensors").read_bytes()
                 for runs in ("whole", "again", "killed")}) == 1
+
+MANY = """if True:
+    import functools, sys, torch, vlmrm
+    import torch.nn.functional as F
+    torch.distributed.init_process_group()
+    torch.set_default_dtype(torch.float64)  # of float32's rounding AdamW makes steps of 1e-5
+    vlmrm.RewardModel.encode = lambda self, tower, x: F.normalize(
+        tower(x.double() if x.is_floating_point() else x), dim=-1)
+    rank, world = vlmrm.RANK, vlmrm.WORLD
+    data = vlmrm.Dataset("data/metaworld.npz")
+    sentences = vlmrm.load_instructions("data/instructions.json")
+    batch = torch.randn(6, 5, 16), torch.randn(6, 16)
+    torch.distributed.broadcast(batch[0], 0), torch.distributed.broadcast(batch[1], 0)
+    alone, many = (1, 0), (world, rank)
+
+    def gradient(loss, own, gather):
+        weights = [torch.eye(16, requires_grad=True) for _ in batch]
+        frames, texts = (gather(F.normalize(x[own] @ weight, dim=-1))
+                         for x, weight in zip(batch, weights))
+        start = {"start": [x.detach().roll(1, -1) for x in (frames, texts)]}
+        times = torch.linspace(0, 1, 5).expand(len(texts), 5)
+        loss(frames, texts, times, **start if vlmrm.takes_start(loss) else {}).backward()
+        return torch.cat([weight.grad for weight in weights if weight.grad is not None])
+
+    def trained(loss):
+        torch.manual_seed(0)
+        model = vlmrm.build_backbone("tiny", "none")
+        vlmrm.train(model, data, sentences, loss, {
+            "steps": 2, "batch": world, "learning_rate": 1e-3, "seed": 0})
+        return torch.cat([weight.flatten() for weight in model.state_dict().values()])
+
+    for name in sys.argv[1:]:
+        loss = vlmrm.get_objective(name)["loss"]
+        own = slice(rank * 6 // world, (rank + 1) * 6 // world)
+        one = gradient(loss, slice(6), lambda x: x)
+        gathered, local = gradient(loss, own, vlmrm.gather), gradient(loss, own, lambda x: x)
+        torch.distributed.all_reduce(gathered), torch.distributed.all_reduce(local)
+        far = lambda other: ((one - other).norm() / one.norm()).item()
+        weights = []
+        for vlmrm.WORLD, vlmrm.RANK in alone, many:
+            weights.append(trained(loss))
+        if not rank:
+            print(name, far(gathered), far(gathered / world), far(local / world),
+                  (weights[0] - weights[1]).abs().max().item())
+    """
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_many_processes_do_what_one_does(alone, processes):
+    """For every loss: the gradient of one process, and its weights after two steps. The wrong ways:
+    a mean for the sum, and a loss of one's own slice, which is right only where no video is held
+    against another."""
+    (alone / "many.py").write_text(MANY)
+    status, printed, error = torchrun(
+        processes, "many.py", *(ZOO.get(name, name) for name in LOSSES), cwd=alone)
+    assert status == 0, error
+    for name, line in zip(LOSSES, printed.splitlines(), strict=True):
+        exact, averaged, local, apart = map(float, line.split()[1:])
+        assert exact < 1e-12 and averaged == pytest.approx(1 - 1 / processes), name
+        assert (local > 0.01) == (name not in ALONE), (name, local)
+        assert apart < 1e-9, name
+
+ALONE = ("triplet", "preference", "preference-oracle", "timerewarder", "hop")
+
+def test_many_processes_stop_and_go_on(alone):
+    """A killed process ends the other, Ctrl-C ends both: nothing is half-written, and the same
+    command goes on. What cannot be dealt out is refused in a line."""
+    (alone / "killed2.py").write_text(KILLED.replace(
+        "os._exit(9)]", "vlmrm.RANK and os._exit(9)]").replace("killed", "two"))
+    assert torchrun(2, "killed2.py", cwd=alone)[0] != 0
+    options, folder = "--steps 3 --batch 2 --device cpu --runs two".split(), alone / "two"
+    assert {path.name for path in folder.rglob("*.*")} == {"config.json", "checkpoint.safetensors"}
+    with subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+             "vlmrm.py", *options, "--seed", "1", "--steps", "60"], cwd=alone, text=True,
+            stderr=subprocess.PIPE, start_new_session=True) as process:
+        while not (folder / "triplet-seed1" / "checkpoint.safetensors").exists():
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        assert "vlmrm: stopped; the same command goes on" in process.stderr.read()
+    assert process.returncode != 0 and not list(folder.rglob("*.unfinished"))
+    status, printed, error = torchrun(2, "vlmrm.py", *options, cwd=alone)
+    assert status == 0 and began_at(error) == ["1/3"], error
+    assert printed.count("ranking accuracy within") == 1
+    assert kept_in(folder / "triplet-seed0")["tasks"].keys() == {*COLORS}
+    error = torchrun(2, "vlmrm.py", "--batch", 3, cwd=alone)[2]
+    assert error.count("vlmrm: ") == 1 and "2 processes want equal parts" in error
 
 def collect(path, tasks, **options):
     """Collect tasks here, one after the other."""
