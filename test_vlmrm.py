@@ -1197,6 +1197,26 @@ def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, stop, capsys):
         assert contents(folder) == contents(tmp_path / "whole" / "anchored-seed0")
         assert os.listdir(tmp_path / how) == ["anchored-seed0"]
 
+def test_the_whole_comparison_on_another_backbone(program, tmp_path, stop, capsys):
+    """One command, with a checkpoint of random weights; stopped once in every run that trains, and
+    given again each time."""
+    (tmp_path / "small.json").write_text(json.dumps({
+        "embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8,
+                                        "head_width": 16},
+        "text_cfg": {"width": 32, "heads": 2, "layers": 1}}))
+    open_clip.add_model_config(tmp_path / "small.json")
+    weights = tmp_path / "small.safetensors"
+    save_file(open_clip.create_model("small").state_dict(), weights)
+    stop()
+    for stops in itertools.count():
+        status = program("--objective", "all", "--seeds", 2, "--backbone", "small", "--pretrained",
+                         weights, "--lora", 8, "--learning-rate", 1e-4)
+        if status != 130:
+            break
+    assert (status, stops) == (0, 2 * 6)
+    table = capsys.readouterr().out.partition("| mean ±")[2]
+    assert [line.split()[1] for line in table.splitlines()[2:9]] == [*vlmrm.OBJECTIVES]
+
 def test_what_is_not_the_same_run_any_more_is_not_resumed(program, toy, tmp_path, stop, capsys):
     """A checkpoint with less in it, cut short, or of another run; another data file; other steps in
     config.json, and a config.json that is none."""

@@ -1,8 +1,9 @@
 """How fast is vlmrm.py, beside the textbook way, and beside the bare tower or renderer? It stays
 beside vlmrm.py so that whoever changes that can measure again.
 
-    python data/benchmark.py                everything, about 10 minutes on two cores
-    python data/benchmark.py training       one part: collection, training, evaluation, default
+    python data/benchmark.py                everything but `gpu`, about 12 minutes on two cores
+    python data/benchmark.py training       one part: collection, training, evaluation, default,
+                                            many (processes), gpu (real backbones: 3 minutes)
 
 Machines are noisy: what is compared is measured in turn, A B C A B C, in one process; quoted are
 medians. Figures are kept in data/results/benchmark.json; data/report.py makes the table.
@@ -25,9 +26,11 @@ sys.path.insert(0, str(HERE.parent))
 import vlmrm  # before torch: see there
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 def in_turn(rounds: int, **ways) -> dict:
     """Median units per second of each way, measured in turn. A way is a function that does some
@@ -166,7 +169,81 @@ def default(rounds: int) -> dict:
             found["peak_gigabytes"].append(usage.ru_maxrss * 1024 / 1e9)
     return found
 
-PARTS = {part.__name__: part for part in (collection, training, evaluation, default)}
+def many(rounds: int) -> dict:
+    """Seconds of the default run by one process with two threads, and by two with one each."""
+    ways = {"one": (2, [sys.executable]), "two": (1, [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])}
+    seconds = {way: [] for way in ways}
+    for _, (way, (threads, program)) in itertools.product(range(min(rounds, 3)), ways.items()):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            subprocess.run(
+                [*program, HERE.parent / "vlmrm.py", "--device", "cpu", "--runs", folder],
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True)
+            seconds[way].append(time.perf_counter() - began)
+    return seconds
+
+def matrix_peak(device: str, size: int = 8192) -> float:
+    """Floating point operations per second of a large product of matrices, bfloat16."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
+    return in_turn(20, product=lambda: 2 * size**3 * bool((a @ b)[0, 0].isfinite()))["product"]
+
+def real_step(name: str, way: str, videos: int, device: str):
+    """A training step of triplet, as train() does it, of a real architecture with random weights
+    and LoRA of rank 8, on random pictures. Returns a function for in_turn()."""
+    torch.manual_seed(0)
+    clip = open_clip.create_model(name)
+    model = vlmrm.RewardModel(clip, lambda texts: torch.randint(
+        1, 400, (len(texts), clip.context_length)))  # a tokenizer would have to be downloaded
+    vlmrm.add_lora(model, 8)
+    model.to(device).train()
+    model.low_precision = way != "float32"
+    if "compiled" in way:
+        clip.visual = torch.compile(clip.visual)
+    weights, rng = [w for w in model.parameters() if w.requires_grad], np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
+    pictures = rng.integers(0, 256, (64, model.size, model.size, 3), dtype=np.uint8)
+    there = torch.tensor(pictures, device=device).permute(0, 3, 1, 2).contiguous()
+
+    def step():
+        some = rng.integers(0, 64, (videos, 5))
+        if "there" in way:  # the videos live on the device
+            pixels = there[torch.tensor(some.ravel(), device=device)].float()
+            frames = model.encode(clip.encode_image, pixels.sub_(model.mean).div_(model.std))
+            frames = frames.view(videos, 5, -1)
+        else:
+            frames = model.embed_frames(pictures[some])
+        loss = vlmrm.triplet_loss(frames, model.embed_texts(["x"] * videos), None)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        return 5 * videos * bool(loss.isfinite())  # waits for a GPU
+    return step
+
+def gpu(rounds: int, names=("ViT-B-16", "ViT-B-16-SigLIP2"), videos: int = 40) -> dict:
+    """Frames per second of a training step with real architectures at their size, in each way, and
+    which share of matrix_peak() that is: all operations, forward and backward, are counted."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"card": torch.cuda.get_device_name() if device == "cuda" else "none",
+             "torch": torch.__version__,
+             "peak": matrix_peak(device, 8192 if device == "cuda" else 256)}
+    ways = ["float32", "bfloat16", "bfloat16, videos there"]
+    ways += ["bfloat16, videos there, compiled"] * (device == "cuda")
+    for name in names:
+        with FlopCounterMode(display=False) as counter:
+            real_step(name, "bfloat16", videos, device)()
+        for way in ways:
+            rate = in_turn(rounds, step=real_step(name, way, videos, device))["step"]
+            found[f"{name}, {way}"] = {"frames": rate, "share": (
+                rate / (5 * videos) * counter.get_total_flops() / found["peak"])}
+            if device == "cuda":
+                found[f"{name}, {way}"]["gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+                torch.cuda.reset_peak_memory_stats()
+    return found
+
+PARTS = {part.__name__: part for part in (
+    collection, training, evaluation, default, many, gpu)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,7 +255,7 @@ def main() -> None:
     found = vlmrm.read_json(path) if path.exists() else {}
     if strange := {*args.parts} - {*PARTS}:
         parser.error(f"unknown part {min(strange)!r}; there are {', '.join(PARTS)}")
-    for name in args.parts or PARTS:
+    for name in args.parts or [name for name in PARTS if name != "gpu"]:
         found[name] = PARTS[name](args.rounds)
         print(name, json.dumps(found[name], indent=1))
         found["machine"] = {

@@ -25,7 +25,7 @@ from matplotlib.patches import FancyArrowPatch
 from study import FIRST, WAYS, all_objectives, paired_p_values
 
 SEEN, UNSEEN = "#30638e", "#c8384e"
-SHORT = ("triplet", "tcn", "r3m", "vip", "liv",  # the paper's five, and what to hold against them
+SHORT = ("triplet", "tcn", "r3m", "vip", "liv", "anchored",  # the paper's five, ours, controls
          "thumbnail", "distance-from-start", "clock", "zeroshot")
 
 # -----------------------------------------------------------------------------
@@ -212,12 +212,20 @@ def benchmark_table(found: dict) -> str:
         row("collection, 24 kept of an episode's 150", found["collection"], "_24_of_150"),
         row("training step", found["training"]), row("evaluation", found["evaluation"])])
 
+def gpu_table(found: dict) -> str:
+    """Training steps of real architectures."""
+    return markdown(["random weights, LoRA of rank 8, 224 pixels", "frames/s", "share of the peak",
+                     "GB"], [
+        [name, f"{cells['frames']:.0f}", f"{cells['share']:.2f}", f"{cells['gigabytes']:.1f}"]
+        for name, cells in found.items() if isinstance(cells, dict)])
+
 def tables(root: Path) -> dict[str, str]:
     """All tables, by the names of the marks they stand between."""
     runs = load(root)
     found = {name: table(runs) for name, table in {
         "short": short_table, "comparison": comparison_table, "reading": reading_table,
         "more": more_table, "metrics": metrics_table}.items()}
+    found["gpu"] = gpu_table(vlmrm.read_json(root / "benchmark.json")["gpu"])
     return found | {name: table(vlmrm.read_json(root / f"{name}.json")) for name, table in {
         "folds": folds_table, "hunt": hunt_table, "benchmark": benchmark_table}.items()}
 

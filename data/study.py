@@ -70,7 +70,7 @@ def other_starts(args: argparse.Namespace) -> dict[str, str]:
     """{what the weights have seen: a file, or none}: the controls of the start."""
     warm, _ = finish(args, objective=all_objectives()["clip"], pretrained="none", steps=300,
                      learning_rate=1e-3, lora=0)
-    return {"start on 40 sentences": str(warm / "model.safetensors")} | (
+    return {"start on 40 sentences": str(warm / "model.safetensors"), "random weights": "none"} | (
         {"strict start": str(path)} if (path := HERE / "strict.safetensors").exists() else {})
 
 def gather(runs: list[tuple], data, args: argparse.Namespace, results: Path) -> None:
