@@ -42,6 +42,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import exercises  # these are of data/
+import films
 import report
 import scenes
 import study
@@ -1451,21 +1452,27 @@ COMMANDS = sorted({line.split("  #")[0].strip() for line in re.findall(
 
 @pytest.fixture(scope="module")
 def reader(finished, tmp_path_factory):
-    """A folder as a reader of the pages has it: a trained model, films, and every file that they
-    tell to write; the README's Python is run there, in the order of the page."""
+    """A folder as a reader of the pages has it: a trained model, films made a data set, and every
+    file that they tell to write; the README's Python is run there, in the order of the page."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("runs", "films"):
-        (folder / name).mkdir()
+    for name in ("runs", "films/fold-towel/failed"):
+        (folder / name).mkdir(parents=True)
     (folder / "data").symlink_to(HERE / "data")
     (folder / "runs" / "triplet-seed0").symlink_to(finished[0])
     film = np.stack([np.full((32, 48, 3), 8 * k, np.uint8) for k in range(30)])
-    for path in ("clip.mp4", *(f"films/{k}.mp4" for k in range(5))):
+    for path in ("clip.mp4", *(f"films/fold-towel/{k}.mp4" for k in range(5)),
+                 "films/fold-towel/failed/0.mp4"):
         imageio.imwrite(folder / path, film)
+    (folder / "towel.json").write_text(json.dumps({"fold-towel": {
+        "instruction": "fold the towel", "paraphrases": ["fold it", "halve it", "a fold"]}}))
     for content, name in re.findall(r"^echo '(.*)' > (\S+)", "\n".join(PAGES), re.MULTILINE):
         (folder / name).write_text(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
+        [line] = re.findall(r"^python (data/films.py.*?) +#", PAGES[0], re.MULTILINE)
+        patch.setattr(sys, "argv", line.split())
+        assert films.main() == 0
         for snippet in re.findall(r"```python\n(.*?)```", PAGES[0], re.DOTALL):
             if name := re.match(r"# (\w+\.py)\n", snippet):
                 (folder / name[1]).write_text(snippet)
@@ -1499,6 +1506,24 @@ def test_readme_commands_run(line, reader, toy, monkeypatch, capsys):
         if not args.data.exists() or args.data.parent != Path():  # not made by the page's Python
             arguments += ["--data", str(toy.path), "--batch", "2"]
     assert vlmrm.main(arguments) == 0
+
+def test_films_become_episodes(reader, monkeypatch, capsys):
+    """Frames evenly spread, success at the end of what is no failure; what is missing in a line."""
+    monkeypatch.chdir(reader)
+    data = vlmrm.Dataset("towel.npz")
+    assert data.source.tolist() == ["expert"] * 5 + ["mixed"]
+    assert data.success.sum(1).tolist() == [1] * 5 + [0] and data.success[:5, -1].all()
+    assert (data.steps == np.linspace(0, 29, 24).round()).all() and data.S == 96
+    assert (np.diff(data.frames(5).mean((1, 2, 3))) > 5).all()  # the film grows lighter by 8
+    (reader / "empty" / "fold-towel").mkdir(parents=True)
+    (reader / "odd" / "fold-rug").mkdir(parents=True)
+    for arguments, says in (("films --frames 31", "30 frames, fewer than 31"),
+                            ("films --frames 4", "--frames is below 5"), ("odd", "fold-rug"),
+                            ("empty", "no film of the task done"), ("none", "no folders of tasks")):
+        monkeypatch.setattr(sys, "argv", [
+            "films", *arguments.split(), "--sentences", "towel.json", "--out", "new.npz"])
+        assert films.main() == 2
+        assert says in capsys.readouterr().err and not Path("new.npz").exists()
 
 def test_pages_show_the_saved_results():
     for name, table in report.tables(RESULTS).items():
