@@ -33,6 +33,7 @@ import vlmrm  # before torch: see there
 import imageio.v3 as imageio
 import numpy as np
 import open_clip
+import pyarrow.parquet
 import pytest
 import scipy.stats
 import torch
@@ -42,7 +43,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import exercises  # these are of data/
+import failures
 import films
+import lerobot_data
 import report
 import scenes
 import study
@@ -1565,6 +1568,18 @@ def test_paired_p_values_by_hand():
         {"a": 6 / 1024, "b": 8 / 1024, "c": 8 / 1024})
     assert study.paired_p_values({"a": reference, "b": reference}, "a") == {"b": 1}
 
+def test_failures_are_seen_or_not(finished, tmp_path, monkeypatch, capsys):
+    """Experts end at 1, 2, 3, 4: a quarter of them below 1.75. A constant sees nothing."""
+    experts, failed = np.arange(1.0, 5)[:, None] * [0, 1], np.array([[9, 1.7], [0, 1.8]])
+    assert study.failures_seen(experts, failed) == 0.5
+    assert study.failures_seen(np.ones((3, 2)), np.ones((2, 2))) == 0
+    shutil.copytree(finished[0], folder := tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["failures", str(folder)])
+    assert failures.main() == 0
+    assert "a clock 0.00" in capsys.readouterr().out and (folder / "failures.png").exists()
+    (folder / "metrics.json").write_text("{")
+    assert failures.main() == 2 and "metrics.json" in capsys.readouterr().err
+
 def test_best_of_is_the_mean_over_all_draws():
     values, truth = np.random.default_rng(5).random((2, 7))
     for n in range(1, 8):
@@ -1591,3 +1606,73 @@ def test_contrast_by_hand():
                            (np.ones((2, 2)), math.log(1 + math.e) - 0.5)):
         loss = scenes.contrast(torch.eye(2), torch.eye(2), torch.tensor(true), 1.0)
         assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+TOP, I, EPISODE = "observation.images.top", np.arange(26), np.repeat(range(4), (6, 7, 5, 8))
+STEP, SAID = I - np.array([0, 6, 13, 18])[EPISODE], ("Go  up.", "Go  up.", "Go  up.", "open")
+READ, MARK = "read {0} --out {0}.npz --sentences {0}.json --frames 5", "progress run {0}"
+
+def lerobot_folder(folder, version="v3.0", kind="video", said=SAID, command=READ, **changes):
+    """LeRobot's data: frame i of 26 is a grey of 9 i, its reward i / 2. Returns what to run."""
+    for path in ("meta/episodes/chunk-000", "data/chunk-000", f"videos/{TOP}/chunk-000"):
+        (folder / path).mkdir(parents=True)
+    v3, frames = version == "v3.0", np.repeat(np.uint8(9 * I), 3072).reshape(26, 32, 32, 3)
+    table = pyarrow.table({
+        "index": I, "episode_index": EPISODE, "frame_index": STEP, "next.reward": I / 2,
+        "next.success": np.isin(I, [4, 5, 11, 25]), TOP: [
+            {"bytes": imageio.imwrite("<bytes>", frame, extension=".png")} for frame in frames]})
+    name = ("chunk-{chunk_index:03d}/file-{file_index:03d}" if v3 else
+            "chunk-{episode_chunk:03d}/episode_{episode_index:06d}")
+    for e, part in enumerate([I >= 0] if v3 else [EPISODE == e for e in range(4)]):
+        file = name.format(chunk_index=0, file_index=0, episode_chunk=0, episode_index=e)
+        imageio.imwrite(folder / f"videos/{TOP}/{file}.mp4", frames[part], fps=10)
+        pyarrow.parquet.write_table(table.filter(part).drop_columns(
+            [TOP] if kind == "video" else []), folder / f"data/{file}.parquet")
+    meta = {"episode_index": range(4), "length": (6, 7, 5, 8), "tasks": [[text] for text in said]}
+    (folder / "meta/episodes.jsonl").write_text("\n".join(
+        json.dumps(dict(zip(meta, row))) for row in zip(*meta.values())))
+    pyarrow.parquet.write_table(pyarrow.table(meta | {
+        f"{files}/{part}_index": [0] * 4 for files in ("data", f"videos/{TOP}")
+        for part in ("chunk", "file")} | {f"videos/{TOP}/from_timestamp": [0, 0.6, 1.3, 1.8]}),
+        folder / "meta/episodes/chunk-000/file-000.parquet")
+    vlmrm.write_whole(folder / "meta/info.json", {
+        "codebase_version": version, "fps": 10, "total_episodes": 4, "features": {
+            TOP: {"dtype": kind}}, "data_path": f"data/{name}.parquet",
+        "video_path": f"videos/{{video_key}}/{name}.mp4"} | changes)
+    return command.format(folder).split()
+
+@pytest.mark.parametrize("layout", ["v3.0 video", "v3.0 image", "v2.0 image", "v2.1 video"])
+def test_lerobots_data_in_and_progress_out(tmp_path, tiny, monkeypatch, layout):
+    """Frame i gets the reward i: experts go from 0 and 6, mean 3, to 5 and 12, or from 18 to 25."""
+    lerobot_data.main(lerobot_folder(tmp_path / "a", *layout.split()))
+    data, shown = vlmrm.Dataset(tmp_path / "a.npz"), np.array([
+        [0, 1, 2, 4, 5], [6, 8, 9, 10, 12], range(13, 18), [18, 20, 22, 23, 25]])
+    assert (data.steps == STEP[shown]).all() and (data.rewards == shown / 2).all()
+    assert np.abs(data.load(range(4)).mean((2, 3, 4)) - 9 * shown).max() < 3
+    assert [np.flatnonzero(row).tolist() for row in data.success] == [[3, 4], [4], [], [4]]
+    assert [*zip(data.task, data.source, data.split)] == [("go-up", "expert", "train")] * 2 + [
+        ("go-up", "mixed", "validation"), ("open", "expert", "train")]
+    assert vlmrm.load_instructions(tmp_path / "a.json")["go-up"]["paraphrases"] == ["Go up."] * 3
+    monkeypatch.setattr(vlmrm, "load_reward_model", lambda run: tiny)
+    monkeypatch.setattr(tiny, "score", lambda frames, text: frames.mean((1, 2, 3)) / 9)
+    lerobot_data.main(MARK.format(tmp_path / "a").split())
+    table = pyarrow.parquet.read_table(tmp_path / "a/sarm_progress.parquet")
+    assert [str(column.type) for column in table.columns] == ["int64"] * 3 + ["float"]
+    for name, values in (("index", I), ("episode_index", EPISODE), ("frame_index", STEP), (
+            "progress_sparse", np.where(I < 18, (I - 3) / 5.5, (I - 18) / 7).clip(0, 1))):
+        np.testing.assert_allclose(table[name], values, atol=0.05)
+
+@pytest.mark.parametrize("says, damage", [
+    ("ArrowInvalid", {"data_path": "meta/info.json"}), ("no such file", {"video_path": "lost"}),
+    ("v1.6", {"version": "v1.6"}), ("ends before episode 2", {"fps": 20}), ("pip install", {}),
+    ("5 episodes, its folder 4", {"total_episodes": 5}), ("not one sentence", {"said": " " * 4}),
+    ("has a, b", {"features": {"a": {"dtype": "image"}, "b": {"dtype": "video"}}}),
+    (f"has {TOP}", {"command": READ + " --camera me"}), ("between 5", {"command": READ[:-1] + "4"}),
+    ("rise", {"command": MARK}), ("no expert", {"said": "abcd", "command": MARK})])
+def test_lerobots_data_that_are_refused(tmp_path, tiny, monkeypatch, capsys, says, damage):
+    monkeypatch.setattr(vlmrm, "load_reward_model", lambda run: tiny)
+    monkeypatch.setattr(tiny, "score", lambda frames, text: np.zeros(len(frames)))
+    command = lerobot_folder(tmp_path / "a", **damage)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow.parquet if damage else None)
+    with pytest.raises(SystemExit, match="2"):
+        lerobot_data.main(command)
+    assert says in capsys.readouterr().err.splitlines()[-1] and len([*tmp_path.iterdir()]) == 1

@@ -137,6 +137,7 @@ def more_table(runs: dict) -> str:
         "ranking across, unseen": ("unseen", "ranking_accuracy_across"),
         "VOC paraphrased, seen": ("seen", "voc_paraphrase"),
         "VOC by goal images, unseen": ("unseen", "goal_voc"),
+        "failures seen, unseen": ("unseen", "failures_seen"),
         "retrieval, seen": ("seen", "retrieval_top1"),
         "EPIC distance, unseen (0 is best)": ("unseen", "epic")}
     return markdown(["objective", *columns], [

@@ -157,9 +157,13 @@ def goal_image_reward(frames: torch.Tensor, expert: np.ndarray) -> np.ndarray:
     return np.stack([vlmrm.negative_distance(video[:, None], goal).mean(1)
                      for video, goal in zip(frames, goals)])
 
+def failures_seen(experts: np.ndarray, failures: np.ndarray) -> float:
+    """Share of failures (F, T) that end below 25 % of the experts (E, T) of their task."""
+    return float((failures[:, -1] < np.quantile(experts[:, -1], 0.25)).mean())
+
 def add_metrics(metrics: dict, folder: Path, config: dict, data) -> None:
-    """Add EPIC to the metrics of a run and, if it was trained without sentences, VOC and ranking
-    accuracy of its rewards by goal images."""
+    """Add EPIC and failures_seen() to the metrics of a run and, if it was trained without
+    sentences, VOC and ranking accuracy of its rewards by goal images."""
     loss = vlmrm.get_objective(config["objective"])["loss"]
     model = vlmrm.load_reward_model(folder) if loss and not vlmrm.reads_instruction(loss) else None
     episodes, predicted = np.array([*metrics["predicted"]], int), np.array(
@@ -168,6 +172,9 @@ def add_metrics(metrics: dict, folder: Path, config: dict, data) -> None:
         where = np.flatnonzero(data.task[episodes] == task)
         truth, expert = data.rewards[episodes[where]], data.source[episodes[where]] == "expert"
         scores["epic"] = epic_distance(predicted[where], truth)
+        if (failed := ~data.success[episodes[where]].any(1) & ~expert).any():
+            scores["failures_seen"] = failures_seen(
+                predicted[where][expert], predicted[where][failed])
         if model and expert.sum() > 1:  # an expert's goal images are the others'
             with torch.inference_mode():
                 frames = model.embed_frames(data.load(episodes[where])).cpu()
@@ -176,7 +183,7 @@ def add_metrics(metrics: dict, folder: Path, config: dict, data) -> None:
             scores["goal_ranking_accuracy_within"] = vlmrm.ranking_accuracy(
                 reward[~expert], truth[~expert])
     for group in ("seen", "unseen"):
-        for metric in ("epic", "goal_voc", "goal_ranking_accuracy_within"):
+        for metric in ("epic", "failures_seen", "goal_voc", "goal_ranking_accuracy_within"):
             values = [scores[metric] for task, scores in metrics["tasks"].items()
                       if vlmrm.group_of(task) == group and metric in scores]
             if values:
