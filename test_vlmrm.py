@@ -283,13 +283,23 @@ def naive_progress(x, l):
                 errors.append((1 / (1 + math.exp(-10 * x[i, k] @ text)) - target) ** 2)
     return np.mean(errors)
 
+def naive_hop(x, l, scale=10):
+    errors = []
+    for video, text in zip(x, l):
+        p = [1 / (1 + math.exp(-scale * frame @ text)) for frame in video]
+        p, t = ([min(max(value, 0.05), 0.95) for value in some] for some in (p, np.arange(5) / 4))
+        for u, v in itertools.permutations(range(5), 2):
+            hops = [(y[v] - y[u]) / (1 - y[u] if v > u else y[u]) for y in (p, t)]
+            errors.append((hops[0] - hops[1]) ** 2)
+    return np.mean(errors)
+
 def naive_anchored(x, l):
     moved = [sum((b - a) / (b - a).norm() for a, b in itertools.pairwise(video[[0, 1, 3, 4]]))
              for video in x]
     scores = torch.stack([torch.stack([3 * move @ text for text in l]) for move in moved])
     contrast = sum(F.cross_entropy(some, torch.arange(len(l))) for some in (scores, scores.T)) / 2
     away = np.mean([((frame - frame.roll(1)) ** 2).sum() for frame in x.flatten(0, 1)])
-    return torchs_triplet(x, l) + 0.03 * contrast + 0.3 * away
+    return naive_hop(x, l, scale=5) + 0.1 * contrast + away
 
 def naive_timerewarder(x, l):
     entropies, centres = [], np.linspace(-1, 1, 20)
@@ -302,16 +312,6 @@ def naive_timerewarder(x, l):
             entropies.append(-(1 - share) * np.log(p[low] / p.sum())
                              - share * np.log(p[high] / p.sum()))
     return np.mean(entropies)
-
-def naive_hop(x, l):
-    errors = []
-    for video, text in zip(x, l):
-        p = [1 / (1 + math.exp(-10 * frame @ text)) for frame in video]
-        p, t = ([min(max(value, 0.05), 0.95) for value in some] for some in (p, np.arange(5) / 4))
-        for u, v in itertools.permutations(range(5), 2):
-            hops = [(y[v] - y[u]) / (1 - y[u] if v > u else y[u]) for y in (p, t)]
-            errors.append((hops[0] - hops[1]) ** 2)
-    return np.mean(errors)
 
 @pytest.mark.parametrize("name, oracle", [
     ("triplet", torchs_triplet), ("clip", open_clips_loss), ("hilp", naive_hilp),
@@ -399,6 +399,7 @@ LOSS_ARGUMENTS = {name: [BATCH] for name in FUNCTIONS if name.endswith("_loss")}
     "implicit_value_loss": [(vlmrm.cosine, *BATCH[0].unbind(1)[:4], 0.98,
                              vlmrm.negative_permutations(3, 6))],
     "liv_loss": [BATCH, (*BATCH, 0.5, 0.98, 1.0, 2)],  # and its other branch
+    "anchored_loss": [(*BATCH, (-BATCH[0], BATCH[1]))],
     "info_nce": [(unit(6, 6),)], "norm_penalty": [(BATCH[0], 0.1, 0.2)]}
 ROWS = np.random.default_rng(3).random((2, 4, 9))
 METRIC_ARGUMENTS = {
@@ -1454,7 +1455,7 @@ COMMANDS = sorted({line.split("  #")[0].strip() for line in re.findall(
     r"python vlmrm\.py ([^`\n]*)", "\n".join(PAGES))})
 
 @pytest.fixture(scope="module")
-def reader(finished, tmp_path_factory):
+def reader(finished, toy, tmp_path_factory):
     """A folder as a reader of the pages has it: a trained model, films made a data set, and every
     file that they tell to write; the README's Python is run there, in the order of the page."""
     folder = tmp_path_factory.mktemp("reader")
@@ -1468,6 +1469,8 @@ def reader(finished, tmp_path_factory):
         imageio.imwrite(folder / path, film)
     (folder / "towel.json").write_text(json.dumps({"fold-towel": {
         "instruction": "fold the towel", "paraphrases": ["fold it", "halve it", "a fold"]}}))
+    shutil.copy(toy.path, folder / "mine.npz")  # LeRobot's data have tests of their own
+    shutil.copy(HERE / "data" / "instructions.json", folder / "mine.json")
     for content, name in re.findall(r"^echo '(.*)' > (\S+)", "\n".join(PAGES), re.MULTILINE):
         (folder / name).write_text(content)
     with pytest.MonkeyPatch.context() as patch:

@@ -105,6 +105,9 @@ TERMS = {
     "rivals": rivals, "directions": directions, "opposite": opposite, "sentences": sentences,
 }
 
+ZOO = {name: vlmrm.get_objective(str(HERE / "objectives" / f"{name}.py"))["loss"]
+       for name in ("hop", "timerewarder")}
+
 def mixture(frames, texts, times, *, order="triplet", margin=0.1, scale=20.0, noise=0.0,
             specific=0.0, frozen_text=False, context=None, **weights) -> torch.Tensor:
     """The order of frames under their sentence, and a weighted sum of TERMS."""
@@ -122,7 +125,9 @@ def mixture(frames, texts, times, *, order="triplet", margin=0.1, scale=20.0, no
     loss = {"triplet": lambda: F.relu(margin - rise).mean(),
             "timed": lambda: F.relu(margin * passed - rise).mean(),
             "preference": lambda: F.softplus(-scale * rise).mean(),
-            "distance": lambda: 0.8 * (rise / margin - passed).square().mean()}[order]()
+            "distance": lambda: 0.8 * (rise / margin - passed).square().mean(),
+            "hop": lambda: ZOO["hop"](frames, texts, times, scale),
+            "timerewarder": lambda: ZOO["timerewarder"](frames, texts, times, scale)}[order]()
     return loss + sum(weight * TERMS[name](b) for name, weight in weights.items())
 
 # -----------------------------------------------------------------------------
@@ -177,6 +182,14 @@ HUNT = {  # candidate: its settings; the first of "triplet" also gives WiSE-FT
     "directions, preference": four("directions", 0.1, 0.3, 1.0, 3.0, order="preference"),
     "features, directions": grid("features", "directions", values=(
         (0.3, 0.03), (0.3, 0.1), (1.0, 0.03), (1.0, 0.1))),
+    "features, directions, all weights": grid("features", "directions", **ALL, values=(
+        (0.3, 0.03), (1.0, 0.03))),
+    "hop": grid("scale", "lora", "learning_rate", order="hop", values=(
+        (5.0, 8, 2e-3), (5.0, 0, 5e-4))),
+    "hop, features, directions": grid("features", "directions", order="hop", scale=5.0, values=(
+        (0.3, 0.03), (1.0, 0.1), (3.0, 0.1), (3.0, 0.3))),
+    "hop, features, directions, all weights": grid(
+        "features", "directions", order="hop", scale=5.0, **ALL, values=((1.0, 0.1), (3.0, 0.3))),
     "captions, all weights": four("captions", 0.1, 0.3, 1.0, 3.0, **ALL),
     "captions, all weights, 1e-3": four("captions", 0.1, 0.3, 1.0, 3.0, lora=0, learning_rate=1e-3),
     "captions of seen things, all weights": four("captions_seen", 0.03, 0.1, 0.3, 1.0, **ALL),
