@@ -71,12 +71,6 @@ def captioned(b, pool: str = "captions") -> tuple[torch.Tensor, torch.Tensor]:
         before = b.frames_before @ b.first.embed_texts(some).T
     return b.frames @ b.model.embed_texts(some).T, before
 
-def sentences(b) -> torch.Tensor:
-    """KL from the start's cosines of frames and instructions."""
-    with torch.no_grad():
-        before = b.frames_before @ b.first.embed_texts(b.said).T
-    return divergence(b.table, before)
-
 def directions(b) -> torch.Tensor:
     """DecisionNCE-T's contrast over videos."""
     steps = b.frames[:, [0, 1, 3, 4]].diff(dim=1)
@@ -102,7 +96,7 @@ TERMS = {
     "features": lambda b: (b.frames - b.frames_before).square().sum(-1).mean(),
     "wrong": lambda b: F.relu(0.1 - b.reward[..., None] + wrong(b.table))[:, 3:].mean(),
     "nearest": lambda b: triplet(-nearest(b), 0.0),
-    "rivals": rivals, "directions": directions, "opposite": opposite, "sentences": sentences,
+    "rivals": rivals, "directions": directions, "opposite": opposite,
 }
 
 ZOO = {name: vlmrm.get_objective(str(HERE / "objectives" / f"{name}.py"))["loss"]
@@ -164,9 +158,7 @@ HUNT = {  # candidate: its settings; the first of "triplet" also gives WiSE-FT
         "rivals": (0.01, 0.03, 0.1, 0.3), "directions": (0.01, 0.03, 0.1, 0.3),
         "features": (0.03, 0.1, 0.3, 1.0), "anchor": (1.0, 3.0, 10.0, 30.0),
         "kl": (0.1, 0.3, 1.0, 3.0), "kl_wrong": (0.1, 0.3, 1.0, 3.0),
-        "sentences": (0.1, 0.3, 1.0, 3.0), "captions": (0.1, 0.3, 1.0, 3.0),
-        "level": (1.0, 3.0, 10.0, 30.0)}.items()},
-    "sentences, all weights": four("sentences", 0.1, 0.3, 1.0, 3.0, **ALL),
+        "captions": (0.1, 0.3, 1.0, 3.0), "level": (1.0, 3.0, 10.0, 30.0)}.items()},
     "kl, all weights": four("kl", 0.1, 0.3, 1.0, 3.0, **ALL),
     "kl, frozen text": four("kl", 0.1, 0.3, 1.0, 3.0, frozen_text=True),
     "kl, preference": four("kl", 0.3, 1.0, 3.0, 10.0, order="preference"),
