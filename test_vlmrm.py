@@ -30,6 +30,7 @@ sys.path.insert(0, str(HERE / "data"))
 
 import vlmrm  # before torch: see there
 
+import gymnasium
 import imageio.v3 as imageio
 import numpy as np
 import open_clip
@@ -42,7 +43,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-import exercises  # these are of data/
+import environment  # these are of data/
+import exercises
 import failures
 import films
 import lerobot_data
@@ -1570,6 +1572,40 @@ def test_paired_p_values_by_hand():
     assert study.paired_p_values(scores, "triplet") == pytest.approx(
         {"a": 6 / 1024, "b": 8 / 1024, "c": 8 / 1024})
     assert study.paired_p_values({"a": reference, "b": reference}, "a") == {"b": 1}
+
+class Grey(gymnasium.Env):
+    """Its picture grows lighter by 40 each step, its reward is -1, and it ends after two."""
+    observation_space = action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        self.steps = 0
+        return 0, {}
+
+    def step(self, action):
+        self.steps += 1
+        return 0, -1.0, self.steps == 2, False, {}
+
+    def render(self):
+        return np.full((8, 8, 3), 40 * self.steps, np.uint8)
+
+def test_the_reward_of_an_environment(tiny, monkeypatch):
+    """In the place of its own; as a potential, 0 at the end; of many environments in one call."""
+    monkeypatch.setattr(tiny, "score", lambda frames, text: frames.mean((1, 2, 3)))
+    for options, rewards in (({}, [40, 80]), (
+            {"shaping": True, "gamma": 0.5}, [-1 + 0.5 * 40 - 0, -1 + 0 - 40])):
+        env = environment.wrap_environment(Grey(), tiny, "go", **options)
+        env.reset()
+        for expected in rewards:
+            _, reward, *_, info = env.step(0)
+            assert reward == expected
+            assert info["original_env_rew"] == info["environment_reward"] == -1
+    many = gymnasium.vector.SyncVectorEnv([Grey] * 3)
+    env = environment.wrap_environment(many, tiny, "go")
+    env.reset()
+    _, rewards, *_, infos = env.step(np.zeros(3, int))
+    assert rewards.tolist() == [40] * 3 and infos["original_env_rew"].tolist() == [-1] * 3
+    with pytest.raises(vlmrm.InputError, match="not for a vector"):
+        environment.wrap_environment(many, tiny, "go", shaping=True)
 
 def test_failures_are_seen_or_not(finished, tmp_path, monkeypatch, capsys):
     """Experts end at 1, 2, 3, 4: a quarter of them below 1.75. A constant sees nothing."""

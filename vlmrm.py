@@ -63,7 +63,7 @@ OBJECTIVES = {
     "r3m": ("r3m_loss", 2e-3, {"temperature": (0.1, 0.3, 1.0)}),
     "vip": ("vip_loss", 2e-3, {"scale": (20.0, 5.0, 1.0)}),
     "liv": ("liv_loss", 5e-4, {"temperature": (0.1, 0.03, 1.0)}),
-    "anchored": ("anchored_loss", 2e-3, {"keep": (1.0, 0.3, 3.0)}),  # ours: data/hunt.py chose it
+    "anchored": ("anchored_loss", 2e-3, {"keep": (1.0, 0.3, 3.0)}),  # ours; how: data/results/
     "zeroshot": (None, 0, {}),  # the backbone as it is
 }
 

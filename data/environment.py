@@ -19,10 +19,20 @@ def wrap_environment(env, model, instruction: str, render=None, shaping: bool = 
     to the environment's own, as gamma r(s') - r(s), r of a terminal state being 0: then the best
     policy stays the best one, whatever the model says (Ng, Harada and Russell, 1999). The
     environment's own is in info["environment_reward"], and in info["original_env_rew"], where
-    the package `imitation` puts it. Raises InputError for a bad sentence, or without a picture.
+    the package `imitation` puts it. A vector environment is scored in one call, without shaping;
+    render() gives its pictures, one each. Raises InputError for a bad sentence or no picture.
     """
     import gymnasium
     model.score(np.zeros((1, 8, 8, 3), np.uint8), instruction)  # refuses a bad sentence now
+
+    def named(info, reward):
+        return info | {"environment_reward": reward, "original_env_rew": reward}
+
+    class ManyRewards(gymnasium.vector.VectorWrapper):
+        def step(self, actions):
+            observations, rewards, terminated, truncated, infos = self.env.step(actions)
+            seen = model.score(np.stack((render or self.env.render)()), instruction)
+            return observations, seen, terminated, truncated, named(infos, rewards)
 
     class ModelReward(gymnasium.Wrapper):
         def look(self) -> float:
@@ -37,12 +47,15 @@ def wrap_environment(env, model, instruction: str, render=None, shaping: bool = 
             return observation, info
 
         def step(self, action):
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            info = info | {"environment_reward": reward, "original_env_rew": reward}
+            observation, environment_reward, terminated, truncated, info = self.env.step(action)
             seen = self.look()
             if shaping:
                 after = 0.0 if terminated else seen
-                seen, self.before = reward + gamma * after - self.before, after
-            return observation, seen, terminated, truncated, info
+                seen, self.before = environment_reward + gamma * after - self.before, after
+            return observation, seen, terminated, truncated, named(info, environment_reward)
 
+    if isinstance(env, gymnasium.vector.VectorEnv):
+        if shaping:
+            raise vlmrm.InputError("shaping is for one environment, not for a vector of them")
+        return ManyRewards(env)
     return ModelReward(env)

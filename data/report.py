@@ -180,7 +180,7 @@ def folds_table(found: dict) -> str:
                      "VOC: triplet minus it", "p", "same time: triplet minus it", "p"], rows)
 
 def kept_reading(scores: dict, start: dict) -> bool:
-    """The rule of data/hunt.py."""
+    """The rule of the hunt, which data/results/README.md tells of."""
     return (scores["opposite_gap"] >= 0.8 * start["opposite_gap"]
             and scores["success_auroc"] >= 0.75)
 
@@ -292,10 +292,10 @@ def draw_kept(runs: dict, reading: dict, data, path: Path) -> None:
     vlmrm.write_whole(path, figure)
 
 def draw_frontier(found: dict, path: Path) -> None:
-    """Order against reading: every setting that data/hunt.py tried."""
+    """Order against reading: every setting of the hunt."""
     axis = (figure := Figure(figsize=(9, 6), layout="constrained")).subplots()
     families = {"start": ("*", "black", 18), "triplet": ("o", UNSEEN, 8),
-                "features, directions": ("o", "#2a9d5c", 9), "captions": ("o", SEEN, 5),
+                "hop, features, directions": ("o", "#2a9d5c", 9), "captions": ("o", SEEN, 5),
                 "WiSE-FT": ("D", "#e9a23b", 6), "": (".", "0.7", 8)}
     for candidate, settings in found.items():
         mark, color, size = next(

@@ -260,7 +260,7 @@ def tune(args: argparse.Namespace, results: Path) -> None:
         return scores[key]
 
     objectives = all_objectives().values() if args.objective == ["all"] else args.objective
-    objectives = [some for some in objectives if trains(some) and some != "anchored"]  # see hunt.py
+    objectives = [some for some in objectives if trains(some) and some != "anchored"]  # the hunt chose it
     for objective, way in itertools.product(objectives, WAYS):
         parts = vlmrm.get_objective(objective)
         [(constant, values)] = parts["TUNED"][1].items()
