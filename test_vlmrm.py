@@ -61,14 +61,14 @@ def unit(*shape, seed=0):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return F.normalize(x, dim=-1)
 
-def with_start(loss):
-    """A loss that asks for the start gets one: the batch with its axes turned by one."""
-    def complete(frames, texts, times, **options):
-        start = [x.detach().roll(1, -1) for x in (frames, texts)]
-        return loss(frames, texts, times, start, **options)
-    return complete if vlmrm.takes_start(loss) else loss
+def complete(loss):
+    """A loss that asks for what was before training gets the batch, its axes turned by one."""
+    def completed(frames, texts, times, **options):
+        before = [x.detach().roll(1, -1) for x in (frames, texts)]
+        return loss(frames, texts, times, before, **options)
+    return completed if vlmrm.takes_before(loss) else loss
 
-LOSSES = {name: with_start(parts["loss"]) for name, parts in PARTS.items() if parts["loss"]}
+LOSSES = {name: complete(parts["loss"]) for name, parts in PARTS.items() if parts["loss"]}
 
 # Frames, texts, and times: five frames evenly spread over each episode.
 BATCH = unit(6, 5, 8), unit(6, 8, seed=1), torch.linspace(0, 1, 5, dtype=torch.float64).expand(6, 5)
@@ -289,7 +289,7 @@ def naive_hop(x, l, scale=10):
     errors = []
     for video, text in zip(x, l):
         p = [1 / (1 + math.exp(-scale * frame @ text)) for frame in video]
-        p, t = ([min(max(value, 0.05), 0.95) for value in some] for some in (p, np.arange(5) / 4))
+        p, t = ([0.05 + 0.9 * value for value in some] for some in (p, np.arange(5) / 4))
         for u, v in itertools.permutations(range(5), 2):
             hops = [(y[v] - y[u]) / (1 - y[u] if v > u else y[u]) for y in (p, t)]
             errors.append((hops[0] - hops[1]) ** 2)
@@ -805,9 +805,9 @@ MANY = """if True:
         weights = [torch.eye(16, requires_grad=True) for _ in batch]
         frames, texts = (gather(F.normalize(x[own] @ weight, dim=-1))
                          for x, weight in zip(batch, weights))
-        start = {"start": [x.detach().roll(1, -1) for x in (frames, texts)]}
+        before = {"before": [x.detach().roll(1, -1) for x in (frames, texts)]}
         times = torch.linspace(0, 1, 5).expand(len(texts), 5)
-        loss(frames, texts, times, **start if vlmrm.takes_start(loss) else {}).backward()
+        loss(frames, texts, times, **before if vlmrm.takes_before(loss) else {}).backward()
         return torch.cat([weight.grad for weight in weights if weight.grad is not None])
 
     def trained(loss):
@@ -1066,16 +1066,16 @@ def test_every_objective_trains_with_the_constants_that_left_out_tasks_chose(toy
                        labels=PARTS[name]["LABELS"])
     assert np.isfinite(log[0]["loss"])
 
-def test_a_loss_that_asks_for_the_start_gets_it(toy):
+def test_a_loss_that_asks_for_what_was_before_gets_it(toy):
     """What the model was before the first step, without a gradient, all along."""
     batches = []
 
-    def loss(frames, texts, times, start):
-        batches.append(((frames, texts), start))
+    def loss(frames, texts, times, before):
+        batches.append(((frames, texts), before))
         return vlmrm.triplet_loss(frames, texts, times)
 
     train_toy(toy, loss, steps=2)
-    assert not any(x.requires_grad for _, start in batches for x in start)
+    assert not any(x.requires_grad for _, before in batches for x in before)
     torch.testing.assert_close(*batches[0])
     (_, texts), (_, texts_before) = batches[1]
     assert (texts - texts_before).abs().max() > 1e-4
@@ -1189,7 +1189,7 @@ def contents(folder):
 
 def test_a_stopped_run_goes_on_to_the_same_end(program, tmp_path, stop, capsys):
     """Ctrl-C after the second checkpoint of four: --resume and the same command both end with the
-    bytes of the run that was never stopped, also if it looks back at its start."""
+    bytes of the run that was never stopped, also if it looks back at where it began."""
     settings = "--objective", "anchored", "--lora", "2"
     assert program(*settings, runs="whole") == 0
     stop()

@@ -8,7 +8,7 @@ with, and that is what this file compares, after "Revisiting the learning object
 vision-language reward models" (arXiv 2512.20675): same backbone, same videos, same evaluation.
 
   python vlmrm.py --objective triplet              train, test, draw: 30 seconds on two CPU cores
-  python vlmrm.py --objective all --seeds 3                      compare the paper's five
+  python vlmrm.py --objective all --seeds 3                      compare the paper's five, and ours
   python vlmrm.py --score clip.mp4 --instruction "close the drawer"      use what was trained
   python vlmrm.py --collect --tasks reach-v3 push-v3 --data two.npz      make your own videos
   python vlmrm.py --backbone ViT-B-32-quickgelu --pretrained openai --lora 8 --learning-rate 1e-4
@@ -48,9 +48,9 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.modules.setdefault("vlmrm", sys.modules[__name__])  # a file with an objective may import it
 DATA = Path(__file__).resolve().parent / "data"
-RANK, WORLD = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
-if RANK:  # of many processes (torchrun) the first speaks, and writes, for all
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+if RANK and __name__ == "__main__":  # the first process speaks for all
+    sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 
 class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
@@ -163,7 +163,7 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 def write_whole(path: Path, content) -> None:
-    """Write bytes, a dictionary or a figure, under another name until all of it is there."""
+    """Write bytes, a dictionary or a figure, whole or not at all; of many processes the first."""
     if isinstance(content, dict):
         content = json.dumps(content, indent=1, default=lambda array: array.tolist()).encode()
     if isinstance(content, Figure):
@@ -518,17 +518,17 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 # 3. The learning objectives
 #
 # An objective says which of these vectors should be closer, and which farther apart. Three ideas:
-#     order in a video        a later frame beats an earlier      triplet, r3m, anchored
-#     videos and sentences    the right pair beats wrong ones     liv, r3m
-#     distance in time        near is near, or steps to a goal    tcn, r3m, vip, liv
-# All but the last, ours, are the paper's. Others are in data/objectives/, one a file.
+#     order in a video        a later frame beats an earlier      triplet, r3m
+#     videos and sentences    the right pair beats wrong ones     liv, r3m, anchored
+#     distance in time        near is near, or steps to a goal    tcn, r3m, vip, liv, anchored
+# All but anchored, ours, are the paper's. Others are in data/objectives/, one a file.
 #
 # Each gets the same batch, B videos of B different tasks and K = 5 frames of each, and returns one
 # number, a scalar tensor:
 #     frames  (B, K, D)   unit vectors of the frames start < now < next = now + 1 < later < end
 #     texts   (B, D)      unit vectors of the instructions
 #     times   (B, K)      share of the episode that has passed at each frame, 0 to 1
-#     start               if it asks for that: the same (frames, texts) as embedded before training
+#     before              for a loss with this parameter: (frames, texts) of the untrained model
 # In the equations o is a frame, l its instruction, l' that of another video, t the time, V a value,
 # cos(a, b) a cosine, |a - b| a Euclidean distance. VIP and LIV call start, now, next and end o0, o,
 # o', og (the goal); TCN and R3M call now, later and end s0, s1, s2. CE(M) is the mean over the rows
@@ -667,26 +667,26 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
                 lambda o, g: cosine(o, g) / (1 - gamma), start, now, next_, target, gamma, perms)
     return loss
 
-def anchored_loss(frames, texts, times, start, scale: float = 5.0, keep: float = 1.0,
+def anchored_loss(frames, texts, times, before, scale: float = 5.0, keep: float = 1.0,
                   directions: float = 0.1) -> torch.Tensor:
     """Anchored (ours): from frame to frame the right share of what remains gets done; a video moves
-    along its own sentence and no other's; frames stay near where they were before training.
-        L = mean over u != v of (hop(p) - hop(t))^2 + w_dir info_nce(R) + w_keep |o - o_start|^2
-        hop(x) = (x_v - x_u) / (1 - x_u) if v is later, else / x_u;  p = sigmoid(scale cos(o, l))
-        R_ij = 3 sum_(steps a -> b of video i) l_j . (b - a) / |b - a|
-    Notice: it costs a third more time. Source: hops are of Robo-Dopamine (2512.23703, a VLM names
-    them), R of DecisionNCE-T (2402.18137), the last term is feature distillation (1606.09282). The
-    mixture is ours, see data/results/. Uses cosine() and info_nce().
+    along its own sentence and no other's; frames stay where they were before training.
+        L = mean over u != v [(hop(p; u, v) - hop(t; u, v))^2] + directions info_nce(R) + keep mean
+        |o - o_before|^2,  hop(x; u, v) = (x_v - x_u) / (1 - x_u) if v is later, else / x_u
+        p = sigmoid(scale cos(o, l)),  R_ij = 3 sum_(steps a, b of video i) l_j . (b - a) / |b - a|
+    Notice: it costs a third more time than triplet. Source: hops are of Robo-Dopamine (2512.23703,
+    there a VLM words them), R of DecisionNCE-T (2402.18137), the last term is feature distillation
+    (1606.09282). The mixture is ours, see data/results/. Uses cosine() and info_nce().
     """
     u, v = (~torch.eye(frames.shape[1], dtype=torch.bool)).nonzero().T
     progress = torch.sigmoid(scale * cosine(frames, texts[:, None]))  # (B, K)
-    done, due = (x.clamp(0.05, 0.95) for x in (progress, times))  # from 0 or 1 there is no hop
-    share = [(x[:, v] - x[:, u]) / torch.where(due[:, v] > due[:, u], 1 - x[:, u], x[:, u])
-             for x in (done, due)]  # (B, 20)
+    done, due = (0.05 + 0.9 * x for x in (progress, times))  # from 0 or 1 there is no hop
+    hops = [(x[:, v] - x[:, u]) / torch.where(due[:, v] > due[:, u], 1 - x[:, u], x[:, u])
+            for x in (done, due)]  # (B, 20)
     steps = frames[:, [0, 1, 3, 4]].diff(dim=1)  # (B, 3, D), but not to the next: too close
     contrast = info_nce(3 * F.normalize(steps, dim=-1, eps=1e-6).sum(dim=1) @ texts.T)
-    away = (frames - start[0]).square().sum(dim=-1).mean()
-    return (share[0] - share[1]).square().mean() + directions * contrast + keep * away
+    away = (frames - before[0]).square().sum(dim=-1).mean()
+    return (hops[0] - hops[1]).square().mean() + directions * contrast + keep * away
 
 def cosine_reward(frames: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """The reward under test, of unit vectors: frames (E, T, D), text (D,) -> (E, T)."""
@@ -705,14 +705,14 @@ def get_objective(name: str) -> dict:
             raise InputError(f"{name} defines neither loss() nor reward()")
     return {"reward": cosine_reward} | found
 
-def takes_start(loss) -> bool:
+def takes_before(loss) -> bool:
     """Whether a loss asks for the embeddings before training."""
-    return "start" in inspect.signature(loss).parameters
+    return "before" in inspect.signature(loss).parameters
 
 def reads_instruction(loss) -> bool:
     """Whether a gradient reaches the sentences: not in TCN and VIP, their cosine is untrained."""
     frames, texts = (torch.rand(8, *shape, requires_grad=True) for shape in ((5, 128), (128,)))
-    extra = {"start": (frames.detach(), texts.detach())} if takes_start(loss) else {}
+    extra = {"before": (frames.detach(), texts.detach())} if takes_before(loss) else {}
     loss(frames, texts, torch.linspace(0, 1, 5).expand(8, 5), **extra).backward()
     return texts.grad is not None
 
@@ -736,9 +736,10 @@ def gather(own: torch.Tensor) -> torch.Tensor:
 
 def share(content) -> list:
     """What every process has, by rank. They wait for one another."""
+    everyone = [content] * WORLD
     if WORLD > 1:
-        torch.distributed.all_gather_object(everyone := [None] * WORLD, content)
-    return everyone if WORLD > 1 else [content]
+        torch.distributed.all_gather_object(everyone, content)
+    return everyone
 
 def training_episodes(data: Dataset, batch: int) -> dict[str, np.ndarray]:
     """The episodes to train on, {task: indices}. Raises InputError if a batch needs more tasks."""
@@ -772,7 +773,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
     videos = {e: video for some in episodes.values() for e, video in zip(some, data.load(some))}
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.01, fused=model.mean.device.type != "mps")
-    start = copy.deepcopy(model).eval() if takes_start(loss_function) else None
+    untrained = copy.deepcopy(model).eval() if takes_before(loss_function) else None
     log = load_checkpoint(saved, model, optimizer, config) if saved and saved.exists() else []
     for _ in log:  # draw again what was drawn: the generator then stands where it stood
         sample_batch(episodes, data.T, rng, batch)
@@ -787,7 +788,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
         embed = lambda tower: (gather(tower.embed_frames(pixels)), gather(tower.embed_texts(said)))
         frames, texts = embed(model)  # (B, 5, D), (B, D)
         with torch.no_grad():
-            extra = {"start": embed(start)} if start else {}
+            extra = {"before": embed(untrained)} if untrained else {}
         loss = loss_function(frames, texts, torch.tensor(times).float().to(frames.device), **extra)
         if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
             raise InputError("the loss must be one number, a tensor made of the embeddings")
@@ -807,7 +808,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
             ordered = (cosine(frames, texts[:, None]).diff(dim=1) > 0).float().mean().item()
         log.append({"step": step, "loss": loss.item(), "ordered": ordered})
         bar.set_postfix(loss=f"{loss.item():.3f}", ordered=f"{ordered:.2f}", refresh=False)
-        if saved and (step % max(1, steps // 10) == 0 or step == steps):
+        if saved and not RANK and (step % max(1, steps // 10) == 0 or step == steps):
             save_checkpoint(saved, model, optimizer, log, config)
     return log
 
@@ -949,7 +950,7 @@ def configuration(args: argparse.Namespace) -> dict:
     return json.loads(json.dumps(config, default=str))  # as config.json gives it back
 
 def folder_for(config: dict, root: Path) -> Path:
-    """runs/triplet-seed0, or -2, -3, ...: the first that has this run, or a new one."""
+    """runs/triplet-seed0, or -2, -3, ...: the first that has this run, or is free."""
     for n in itertools.count(1):
         folder = root / f"{Path(config['objective']).stem}-seed{config['seed']}{f'-{n}' * (n > 1)}"
         with contextlib.suppress(FileExistsError):
@@ -1014,8 +1015,8 @@ def run(config: dict, folder: Path, device: str = "auto") -> dict:
     write_whole(folder / "metrics.json", report | {  # last: a folder that has it is whole
         "torch": torch.__version__, "device": str(model.mean.device), "log": log,
         "wall_seconds": time.perf_counter() - began})
+    share(None)  # all of it is there, for all to read
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    share(None)
     return read_json(folder / "metrics.json")
 
 def run_all(args: argparse.Namespace) -> None:
@@ -1029,7 +1030,7 @@ def run_all(args: argparse.Namespace) -> None:
         try:
             report = run(config, folder, args.device)
         finally:
-            if {*os.listdir(folder)} <= {"config.json", "config.json.unfinished"}:  # all in vain
+            if not RANK and {*os.listdir(folder)} <= {"config.json", "config.json.unfinished"}:
                 shutil.rmtree(folder, ignore_errors=True)
         rows.setdefault(config["objective"], []).append(report)
     if len(configs) > 1:
@@ -1083,7 +1084,7 @@ def draw_videos(videos: list[tuple], path: Path) -> None:
 def draw_curves(report: dict, data: Dataset, sentences: dict, path: Path) -> None:
     """An expert and a failure of a seen and an unseen task each, chosen by the data alone."""
     videos, moved = [], np.ptp(data.rewards, axis=1)
-    failed = (data.source == "mixed") & ~data.success.any(1) & (moved > 1)
+    failed = (data.source == "mixed") & ~data.success.any(1) & ((moved > 1) | (moved == 0))
     kinds = {"expert": data.source == "expert", "failure": failed}
     for (kind, fits), group in itertools.product(kinds.items(), ("seen", "unseen")):
         some = [e for e in report["predicted"] if fits[e] and group_of(data.task[e]) == group]
@@ -1129,12 +1130,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if WORLD > 1:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.distributed.init_process_group()
     try:
         (collect if args.collect else score if args.score else run_all)(args)
     except (InputError, OSError, BrokenExecutor) as problem:  # OSError: a full disk, say
-        time.sleep(RANK > 0)  # torchrun ends all when one ends: the first one should say why
+        time.sleep(2 * bool(RANK))  # torchrun ends all when one ends: let the first say why
         print("vlmrm:", " ".join(str(problem).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

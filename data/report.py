@@ -26,6 +26,7 @@ from study import FIRST, WAYS, all_objectives, paired_p_values
 
 SEEN, UNSEEN = "#30638e", "#c8384e"
 SHORT = ("triplet", "tcn", "r3m", "vip", "liv", "anchored",  # the paper's five, ours, controls
+         "triplet, all weights", "anchored, all weights",
          "thumbnail", "distance-from-start", "clock", "zeroshot")
 
 # -----------------------------------------------------------------------------
@@ -43,6 +44,8 @@ def load(root: Path) -> dict[str, dict[str, list]]:
 @functools.cache
 def remark_of(row: str) -> str:
     """Why a row is no rival like the others, as its objective tells; "" if it is one."""
+    name, _, way = row.partition(", ")
+    row = name if way in WAYS else row
     if row not in all_objectives():
         return "control"  # triplet on another backbone
     parts = vlmrm.get_objective(all_objectives()[row])
@@ -87,10 +90,14 @@ ORDER = {("voc", "seen"): "VOC, seen tasks", ("voc", "unseen"): "VOC, unseen tas
          (SAME, "unseen"): "ranking at the same time, unseen"}
 
 def short_table(runs: dict) -> str:
-    """The objectives of the paper and the controls, trained as by default."""
-    return markdown(["objective", *ORDER.values()], [
-        [label(row, "`"), *(cell(runs[row][FIRST], group, metric) for metric, group in ORDER)]
-        for row in SHORT if row in runs])
+    """The paper's objectives, ours and the controls, trained as by default unless it is said."""
+    columns = ORDER | {("opposite_gap", "unseen"): "VOC minus that of the opposite, unseen"}
+    rows = []
+    for name in SHORT:
+        row, _, way = name.partition(", ")
+        rows.append([label(row, "`") + f", {way}" * bool(way), *(
+            cell(runs[row][way or FIRST], group, metric) for metric, group in columns)])
+    return markdown(["objective", *columns.values()], rows)
 
 def by_ways(titles) -> list[str]:
     return [title if len(WAYS) == 1 else f"{title}: {way}" for title in titles for way in WAYS]
@@ -160,24 +167,26 @@ def over_tasks(scores: np.ndarray, sign: str = "") -> str:
     return "{:{s}.2f} [{:{s}.2f}, {:{s}.2f}]".format(
         scores.mean(), scores.mean() - half, scores.mean() + half, s=sign).replace("-0.00", "0.00")
 
-def folds_table(found: dict) -> str:
-    """Unseen tasks of all folds of data/study.py, and by how much triplet beats its rivals."""
+def folds_table(found: dict, reference: str = "triplet") -> str:
+    """Unseen tasks of all folds of data/study.py, and by how much the reference beats the rest."""
     columns = {row: {metric: np.array([scores[metric] for fold in folds
                                        for _, scores in sorted(fold.items()) if metric in scores])
-                     for metric in ("voc", SAME, WITHIN)} for row, folds in found.items()}
+                     for metric in ("voc", SAME, WITHIN, "opposite_gap")}
+               for row, folds in found.items()}
     tested = [row for row in found if is_rival(row) or row in ("thumbnail", "distance-from-start")]
-    p = {metric: paired_p_values({row: columns[row][metric] for row in tested}, "triplet")
+    p = {metric: paired_p_values({row: columns[row][metric] for row in tested}, reference)
          for metric in ("voc", SAME)}
     rows = []
     for row in sorted(columns, key=lambda row: (is_baseline(row), -columns[row]["voc"].mean())):
         rows.append([label(row, "`"), *(
             f"{scores.mean():.2f}".replace("-0.00", "0.00") for scores in columns[row].values())])
         for metric in p:
-            gain = columns["triplet"][metric] - columns[row][metric]
+            gain = columns[reference][metric] - columns[row][metric]
             rows[-1] += [over_tasks(gain, "+"), f"{p[metric][row]:.3f}"] if row in p[metric] else [
                 "", ""]
     return markdown(["objective", "VOC", "ranking at the same time", "ranking within",
-                     "VOC: triplet minus it", "p", "same time: triplet minus it", "p"], rows)
+                     "opposite gap", f"VOC: {reference} minus it", "p", f"same time: {reference} minus it", "p"],
+                    rows)
 
 def kept_reading(scores: dict, start: dict) -> bool:
     """The rule of the hunt, which data/results/README.md tells of."""
@@ -227,6 +236,7 @@ def tables(root: Path) -> dict[str, str]:
         "short": short_table, "comparison": comparison_table, "reading": reading_table,
         "more": more_table, "metrics": metrics_table}.items()}
     found["gpu"] = gpu_table(vlmrm.read_json(root / "benchmark.json")["gpu"])
+    found["ours"] = folds_table(vlmrm.read_json(root / "folds.json"), "anchored, all weights")
     return found | {name: table(vlmrm.read_json(root / f"{name}.json")) for name, table in {
         "folds": folds_table, "hunt": hunt_table, "benchmark": benchmark_table}.items()}
 
@@ -332,6 +342,9 @@ LOOKS = {  # objective: what it wants, and its edges, (kind, from, to)
     "liv": ("vip, and the end finds its sentence", [
         ("pull", "o0", "o4"), ("rise", "o1", "o2"), ("goal", "o4", "o4"), ("pull", "o4", "l"),
         ("push", "o4", "m"), ("push", "p4", "l")]),
+    "anchored": ("steps of the right size, along l and not l'; near the start", [
+        ("rise", "o0", "o1"), ("rise", "o1", "o3"), ("rise", "o3", "o4"), ("goal", "l", "l"),
+        ("push", "o4", "m")]),
 }
 TIMES = (0.04, 0.36, 0.46, 0.72, 0.97)  # of the five frames, as shares of the episode
 

@@ -301,7 +301,8 @@ def folds(args: argparse.Namespace, results: Path) -> None:
             rows[f"{objective}, {way}"] = finish(job, way, objective=objective)[1]
         for row, metrics in rows.items():
             found.setdefault(row, []).append({
-                task: {metric: round(scores[metric], 4) for metric in ORDER if metric in scores}
+                task: {metric: round(scores[metric], 4) for metric in (*ORDER, "opposite_gap")
+                       if metric in scores}
                 for task, scores in metrics["tasks"].items() if vlmrm.group_of(task) == "unseen"})
     vlmrm.write_whole(results / "folds.json", found)
 

@@ -5,13 +5,14 @@
 
 Notice: near the end a small step is a large hop, so that the last centimetre counts.
 Source: Robo-Dopamine, Tan et al., 2512.23703. Differs: there a large VLM names the hop of two
-frames in words. Here it is made of two cosines; the sigmoid and the scale are ours, and both times
-and progress are kept from 0 and 1, where a hop is not defined. Uses vlmrm.anchored_loss(), of which
-it is the first term.
+frames in words. Here it is made of two cosines; the sigmoid and the scale are ours, and so is that
+times and progress are squeezed into .05 to .95, as from 0 and 1 a hop is not defined. Uses
+vlmrm.anchored_loss(), of which it is the first term.
 """
 import vlmrm
 
-TUNED = (2e-3, {"scale": (5.0, 10.0, 20.0)})
+TUNED = (2e-3, {"scale": (10.0, 5.0, 20.0)})
 
 def loss(frames, texts, times, scale: float = 10.0):
-    return vlmrm.anchored_loss(frames, texts, times, (frames, texts), scale, keep=0, directions=0)
+    return vlmrm.anchored_loss(  # without its anchor
+        frames, texts, times, (frames, texts), scale, keep=0, directions=0)

@@ -3,10 +3,10 @@
     d = (v - u) / (T - 1);  L = mean over ordered pairs u != v of CE(two-hot(d), softmax over bins)
     logit of a bin at c: -((scale (cos(o_v, l) - cos(o_u, l)) - c) / width)^2 / 2
 
-Notice: not only the order but the size of a step is learned, backwards too. A pause costs.
+Notice: not only the order but the size of a step is learned, backwards too.
 Source: Liu et al., 2509.26627: 20 bins from -1 to 1, two-hot targets. Differs: there a network sees
 both frames, draws more near pairs and knows no sentence. Here the distance is a difference of two
-cosines, and its place among the bins, with the scale, is ours. Uses vlmrm.cosine().
+cosines; the bell curve around it, over the bins, and the scale are ours. Uses vlmrm.cosine().
 """
 import torch
 
