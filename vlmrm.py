@@ -2,10 +2,9 @@
 Train a vision-language reward model, measure it, and change only its learning objective.
 
 Such a model looks at a picture and a sentence ("close the drawer") and returns a number that should
-rise as the task gets done. Ours is the plainest there is: two towers map frame and sentence to unit
-vectors, and their cosine is the reward. What it is worth depends on the objective it was trained
-with, and that is what this file compares, after "Revisiting the learning objectives of
-vision-language reward models" (arXiv 2512.20675): same backbone, same videos, same evaluation.
+rise as the task gets done. Two towers map frame and sentence to unit vectors, whose cosine is the
+reward. What that is worth depends on the objective, and objectives are what this file compares, as
+"Revisiting the learning objectives of vision-language reward models" does (arXiv 2512.20675).
 
   python vlmrm.py --objective triplet              train, test, draw: 30 seconds on two CPU cores
   python vlmrm.py --objective all --seeds 3                      compare the paper's five, and ours
@@ -503,8 +502,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state of the model without what is frozen: all that a run has to remember."""
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    return {name: state.cpu().contiguous() for name, state in model.state_dict().items()
-            if name not in frozen}
+    return {k: x.cpu().contiguous() for k, x in model.state_dict().items() if k not in frozen}
 
 def put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """The inverse of trained_weights(). Raises ValueError if they are not this model's."""
@@ -955,7 +953,6 @@ def folder_for(config: dict, root: Path) -> Path:
         folder = root / f"{Path(config['objective']).stem}-seed{config['seed']}{f'-{n}' * (n > 1)}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)  # nobody else can take it now
-            write_whole(folder / "config.json", config)
             return folder
         if (folder / "config.json").exists() and read_json(folder / "config.json") == config:
             return folder
@@ -991,7 +988,10 @@ def load_reward_model(folder: str | Path, device: str = "auto") -> RewardModel:
 
 def run(config: dict, folder: Path, device: str = "auto") -> dict:
     """Train and evaluate, or go on with that, in a folder. Returns its metrics.json."""
-    with reading(folder / "config.json"):
+    if not (settings := folder / "config.json").exists():
+        write_whole(settings, config)
+    share(None)  # all wait for the file
+    with reading(settings):
         print(f"{Path(config['objective']).stem}, seed {config['seed']}: {folder}", flush=True)
         if (folder / "metrics.json").exists():
             return read_json(folder / "metrics.json")

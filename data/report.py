@@ -185,8 +185,8 @@ def folds_table(found: dict, reference: str = "triplet") -> str:
             rows[-1] += [over_tasks(gain, "+"), f"{p[metric][row]:.3f}"] if row in p[metric] else [
                 "", ""]
     return markdown(["objective", "VOC", "ranking at the same time", "ranking within",
-                     "opposite gap", f"VOC: {reference} minus it", "p", f"same time: {reference} minus it", "p"],
-                    rows)
+                     "opposite gap", f"VOC: {reference} minus it", "p",
+                     f"same time: {reference} minus it", "p"], rows)
 
 def kept_reading(scores: dict, start: dict) -> bool:
     """The rule of the hunt, which data/results/README.md tells of."""
