@@ -672,8 +672,8 @@ def anchored_loss(frames, texts, times, before, scale: float = 5.0, keep: float 
         L = mean over u != v [(hop(p; u, v) - hop(t; u, v))^2] + directions info_nce(R) + keep mean
         |o - o_before|^2,  hop(x; u, v) = (x_v - x_u) / (1 - x_u) if v is later, else / x_u
         p = sigmoid(scale cos(o, l)),  R_ij = 3 sum_(steps a, b of video i) l_j . (b - a) / |b - a|
-    Notice: it costs a third more time than triplet. Source: hops are of Robo-Dopamine (2512.23703,
-    there a VLM words them), R of DecisionNCE-T (2402.18137), the last term is feature distillation
+    Notice: a run takes a quarter longer. Source: hops are of Robo-Dopamine (2512.23703, there a VLM
+    words them), R of DecisionNCE-T (2402.18137), the last term is feature distillation
     (1606.09282). The mixture is ours, see data/results/. Uses cosine() and info_nce().
     """
     u, v = (~torch.eye(frames.shape[1], dtype=torch.bool)).nonzero().T
