@@ -789,7 +789,7 @@ def test_alone_it_is_imported_killed_resumed_and_asked_for_a_score(alone, toy):
                 for runs in ("whole", "again", "killed")}) == 1
 
 MANY = """if True:
-    import functools, sys, torch, vlmrm
+    import sys, torch, vlmrm
     import torch.nn.functional as F
     torch.distributed.init_process_group()
     torch.set_default_dtype(torch.float64)  # of float32's rounding AdamW makes steps of 1e-5

@@ -113,14 +113,14 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     for text in args.objective:
         if text not in ("all", *OBJECTIVES) and not (text.endswith(".py") and Path(text).is_file()):
             parser.error(f"{text!r} is not all, {', '.join(OBJECTIVES)}, or a Python file")
+    if args.frames * args.size > 16383:
+        parser.error("--frames x --size is over 16383, the limit of WebP")
+    if WORLD > 1 and (args.collect or args.score):
+        parser.error(f"--{mode} is for one process, without torchrun")
     for name, value in vars(args).items():
         option, low = f"--{name.replace('_', '-')}", least.get(name, 1)
         if type(value) in (int, float) and not low <= value <= 10**6:
             parser.error(f"{option} {value} is not between {low} and 1000000")
-        if args.frames * args.size > 16383:
-            parser.error("--frames x --size is over 16383, the limit of WebP")
-        if WORLD > 1 and (args.collect or args.score):
-            parser.error(f"--{mode} is for one process, without torchrun")
         if name not in obeyed and value != parser.get_default(name):
             parser.error(f"{option} has no effect with --{mode}")
 
@@ -307,7 +307,7 @@ def collect(args: argparse.Namespace) -> None:
     """Write episodes of args.tasks to args.data: the same bytes for any number of workers."""
     all_tasks = sorted(load_instructions(args.instructions))
     tasks = args.tasks or all_tasks
-    if strange := {*tasks} - {*all_tasks}:
+    if strange := set(tasks) - set(all_tasks):
         raise InputError(f"unknown task {min(strange)!r}; there are {', '.join(all_tasks)}")
     args.data.parent.mkdir(parents=True, exist_ok=True)
     open(args.data, "xb").close()  # it exists, or one cannot write there: say so before the work

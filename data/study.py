@@ -76,15 +76,18 @@ def other_starts(args: argparse.Namespace) -> dict[str, str]:
 def gather(runs: list[tuple], data, args: argparse.Namespace, results: Path) -> None:
     """Write results.json, of all runs; of the first seed and way rewards.npz, and reading.json:
     what is between start and end. runs: (row of the table, way, folder, metrics)."""
-    entries, configs, rewards, reading = [], [], {}, {"door": {}, "between": {}}
+    def rounded(content):  # but not a configuration: rates are small
+        return json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 4))
+
+    entries, rewards, reading = [], {}, {"door": {}, "between": {}}
     for row, way, folder, metrics in runs:
         config = vlmrm.read_json(folder / "config.json")
         add_metrics(metrics, folder, config, data)
-        entries.append({"row": row, "way": way, "tasks": {
+        entries.append(rounded({"row": row, "way": way, "tasks": {
             task: {metric: scores[metric] for metric in ORDER if metric in scores}
             for task, scores in metrics["tasks"].items()}} | {
             key: metrics[key] for key in ("wall_seconds", "seen", "unseen")})
-        configs.append({"config": reduced(config)})
+            | {"config": reduced(config)})
         if config["seed"] == args.seed and way == FIRST:
             rewards[f"{row}/predicted"] = np.float16(list(metrics["predicted"].values()))
             rewards[f"{row}/episodes"] = np.array([*metrics["predicted"]], int)
@@ -92,11 +95,9 @@ def gather(runs: list[tuple], data, args: argparse.Namespace, results: Path) -> 
                 reading["between"][row] = between(config, folder, data, args)
         if config["seed"] == args.seed and row in ("zeroshot", "triplet"):
             reading["door"][f"{row}, {way}"] = read_door(folder, data, args)
-    round_all = functools.partial(json.loads, parse_float=lambda number: round(float(number), 4))
-    entries = [entry | config for entry, config in zip(round_all(json.dumps(entries)), configs)]
     vlmrm.write_whole(results / "results.json", (
         "[" + ",\n".join(json.dumps(entry) for entry in entries) + "]\n").encode())
-    vlmrm.write_whole(results / "reading.json", round_all(json.dumps(reading)))
+    vlmrm.write_whole(results / "reading.json", rounded(reading))
     np.savez_compressed(results / "rewards.npz", **rewards)
 
 def reduced(config: dict) -> dict:
