@@ -47,9 +47,12 @@ import environment  # these are of data/
 import exercises
 import failures
 import films
+import hub
 import lerobot_data
+import policy
 import report
 import scenes
+import show
 import study
 
 SOURCE = (HERE / "vlmrm.py").read_text(encoding="utf-8")
@@ -1631,6 +1634,116 @@ def test_failures_are_seen_or_not(finished, tmp_path, monkeypatch, capsys):
     assert "a clock 0.00" in capsys.readouterr().out and (folder / "failures.png").exists()
     (folder / "metrics.json").write_text("{")
     assert failures.main() == 2 and "metrics.json" in capsys.readouterr().err
+
+def test_weights_of_episodes_by_hand():
+    """Scores of 0 and 1 are a standard deviation off either way, on any scale."""
+    expected = pytest.approx(np.exp([-4, 4]))
+    assert policy.weigh(np.array([0.0, 1.0])) == expected == policy.weigh(np.array([7.0, 7.5]))
+    assert policy.weigh(np.full(3, 0.25)).tolist() == [1, 1, 1]
+
+def test_a_policy_does_what_its_weights_say():
+    """Half of the episodes act by one rule, half by another: each row of weights learns its own."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(6, 40, 3))
+    rules = np.stack([states[..., :1].repeat(4, -1), 0.5 - states[..., 1:2].repeat(4, -1)])
+    episodes = [{"states": states[e], "actions": rules[e % 2, e].clip(-1, 1)} for e in range(6)]
+    weights = np.array([[1.0, 0] * 3, [0, 1.0] * 3])
+    for act, rule in zip(policy.clone(episodes, weights, {"seed": 0, "steps": 600}), rules):
+        errors = [act(state) - action for state, action in zip(states[0], rule[0].clip(-1, 1))]
+        assert np.abs(errors).mean() < 0.15
+
+def test_an_episode_goes_wrong(monkeypatch):
+    """From the fourth step on: then the same action ten times, another ten times."""
+    def roll_out(env, actor, *_, **options):
+        for k in range(20):
+            actor.get_action(np.full(39, k))
+        return zip(*[({}, float(k), k > 15) for k in range(20)])
+
+    monkeypatch.setattr(vlmrm, "roll_out", roll_out)
+    monkeypatch.setattr(vlmrm, "draw", lambda *_: np.zeros((2, 2, 3), np.uint8))
+    stub = type("Stub", (), {"data": None, "seed": lambda *_: 0, "get_action": lambda *_: [9] * 4})
+    episode = policy.record(stub(), stub(), None, 0, wrong_from=3)
+    actions = np.array(episode["actions"])
+    assert (actions[:3] == 1).all() and (actions[3:13] == actions[3]).all()
+    assert (actions[13:] == actions[13]).all() and len(np.unique(actions[:, 0])) == 3
+    assert episode["true"] == 17 and episode["done"] and len(episode["pictures"]) == 6
+
+def test_policies_from_rewards(finished, tmp_path, monkeypatch, capsys):
+    """A small study, which is not done again; then what is refused."""
+    pytest.importorskip("metaworld", reason="metaworld needs Python 3.10 to 3.13")
+
+    def run(*runs, options=""):
+        monkeypatch.setattr(sys, "argv", ["policy", *map(str, runs), *(
+            "--tasks drawer-close-v3 --episodes 7 --starts 2 --steps 20 --seeds 1 --out".split()),
+            str(path), *options.split()])
+        return policy.main(), *capsys.readouterr()
+
+    path = tmp_path / "policy.json"
+    status, printed, error = run(finished[0])
+    if "cannot render" in error:
+        pytest.skip(error)
+    found = vlmrm.read_json(path)
+    assert status == 0 and len(printed.splitlines()) == 7 and path.with_suffix(".png").exists()
+    [cells] = found["jobs"].values()
+    assert cells.keys() == {
+        "triplet", "all alike", "the simulator's reward", "experts alone"}
+    assert cells["all alike"][1] == 0.5 and 0 <= np.min([*cells.values()]) <= np.max(
+        [*cells.values()]) <= 1
+    monkeypatch.setattr(policy, "compare", None)  # the second time there is no work
+    assert run(finished[0])[:2] == (0, printed)
+    for runs, options, says in (
+            (finished[:1], "--starts 3", "other runs"), (finished[:1] * 2, "", "one run"),
+            ([tmp_path], "", "config.json"), (finished[:1], "--tasks fly-v3", "fly-v3")):
+        status, _, error = run(*runs, options=options)
+        assert status == 2 and says in error
+
+def test_tables_of_policies_by_hand():
+    """Of two seen tasks and an unseen one. The worse model finds less and is worth less; VOC says
+    the opposite."""
+    cells = {"all alike": 0.2, "the simulator's reward": 0.6, "a": 0.5, "b": 0.3}
+    found = {"jobs": {f"{task}-v3, seed {seed}": {
+        row: [won + 0.1 * seed, won] for row, won in cells.items()}
+        for task in ("drawer-close", "reach", "drawer-open") for seed in (0, 2)},
+        "metrics": {"a": {"reach-v3": {"voc": 0.1}}, "b": {"reach-v3": {"voc": 0.2}}}}
+    lines = report.policy_table(found).splitlines()
+    assert "2 seen tasks" in lines[0] and "1 unseen tasks" in lines[0]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| the simulator's reward", "| all alike", "| a", "| b"]
+    assert lines[4] == "| a | 0.60 ± 0.10 | 0.75 | 0.60 ± 0.10 | 0.75 |"
+    assert [line.split(" | ")[1] for line in report.believe_table(found).splitlines()[2:]] == [
+        "1.00", "-1.00"]
+
+def test_a_model_for_others(finished, tmp_path, monkeypatch):
+    """The folder alone scores as the run does; its adapters are in the weights, no path is left."""
+    monkeypatch.setattr(sys, "argv", ["hub", str(finished[0]), str(out := tmp_path / "model")])
+    assert hub.main() == 0 and hub.main() == 2  # it is there already
+    (out / "try.py").write_text("\n".join((
+        "import sys, vlmrm, numpy", "model = vlmrm.load_reward_model('.', 'cpu')",
+        "model.low_precision = False", "rewards = model.score(numpy.load(sys.argv[1]), 'push')",
+        "print(vlmrm.__file__, *rewards)")))
+    np.save(tmp_path / "frames.npy", FRAMES)
+    status, printed, error = command(tmp_path / "frames.npy", cwd=out, script="try.py")
+    assert status == 0, error
+    where, *rewards = printed.split()
+    (run := vlmrm.load_reward_model(finished[0], "cpu")).low_precision = False
+    assert Path(where).parent == out
+    assert np.float64(rewards) == pytest.approx(run.score(FRAMES, "push"), abs=1e-5)
+    assert not kept_in(out, "config.json")["lora"] and "/" not in (out / "config.json").read_text()
+    card = (out / "README.md").read_text()
+    value = kept_in(finished[0])["seen"]["voc"]["value"]
+    assert card.startswith("---\nlicense: mit") and f"frames | {value:.2f} | " in card
+
+def test_a_film_over_its_reward(finished, tmp_path, monkeypatch, capsys):
+    """As many pictures as the film has; what is to come of the curve is pale."""
+    imageio.imwrite(clip := tmp_path / "clip.gif", SHIPPED.frames(0)[:4], fps=8)
+    monkeypatch.setattr(sys, "argv", ["show", str(finished[0]), str(clip), "push", "open $x$"])
+    assert show.main() == 0
+    frames = imageio.imread(tmp_path / "clip-reward.gif").astype(int)
+    assert frames.shape == (4, 480 + 240, 480, 3)
+    dark = [(frame[480:] < 200).any(-1).sum() for frame in frames]
+    assert dark == sorted(dark) and dark[-1] > dark[0] + 200
+    clip.write_bytes(b"GIF89a")
+    assert show.main() == 2 and "clip.gif" in capsys.readouterr().err
 
 def test_best_of_is_the_mean_over_all_draws():
     values, truth = np.random.default_rng(5).random((2, 7))

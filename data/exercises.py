@@ -1,4 +1,4 @@
-"""Ten exercises, easy to hard, and their checks. They stay beside vlmrm.py because reading it is
+"""Eleven exercises, easy to hard, and their checks. They stay beside vlmrm.py because reading it is
 half of learning it. Write your answers into a file answers.py beside vlmrm.py:
 
     python data/exercises.py          what there is to do
@@ -40,6 +40,11 @@ half of learning it. Write your answers into a file answers.py beside vlmrm.py:
 10. A ROW OF THE TABLE. Reproduce an objective's three seeds on a GPU: python vlmrm.py --objective
    NAME --seeds 3 --device cuda --runs runs/gpu. Is its VOC on seen and unseen tasks within what the
    spread over seeds allows?   answer_10 = "NAME"
+11. A BATCH LARGER THAN THE MEMORY. loss(frames, texts) holds every video against every other, and
+   there is memory for two of the eight. Leave in the model the gradients that one backward pass of
+   all would, though embed_frames() and embed_texts() never see more than two videos at once. (What
+   does a loss need of the towers, and what do these need of it? GradCache, 2101.06983.)
+   def answer_11(model, loss, pixels, said): pixels (8, 5, S, S, 3), said 8 sentences
 """
 import argparse
 import math
@@ -56,8 +61,8 @@ ROOT = HERE.parent  # where the answers are
 if __name__ == "__main__":  # before the imports that take seconds
     if len(sys.argv) == 1:
         sys.exit(print(__doc__))
-    if sys.argv[1:] not in [[str(number)] for number in range(1, 11)]:
-        print("there are the exercises 1 to 10: python data/exercises.py 3")
+    if sys.argv[1:] not in [[str(number)] for number in range(1, 12)]:
+        print("there are the exercises 1 to 11: python data/exercises.py 3")
         sys.exit(2)
 sys.path[:0] = [str(ROOT), str(HERE)]
 
@@ -239,7 +244,32 @@ def check_10(answer):
     return all(abs(np.mean(mine) - np.mean(theirs)) < 3 * math.sqrt(2 / 3) * max(
         np.std(theirs, ddof=1), 0.01) for theirs, mine in found.values()), f"{found}"
 
-CHECKS = {number: globals()[f"check_{number}"] for number in range(1, 11)}
+def check_11(answer):
+    config, data = configuration(), vlmrm.Dataset(HERE / "metaworld.npz")
+    sentences = vlmrm.load_instructions(config["instructions"])
+    tasks = list(sentences)[:8]
+    said = [sentences[task]["instruction"] for task in tasks]
+    pixels = data.load([data.select(task=task)[0] for task in tasks])[:, [0, 8, 9, 15, 23]]
+    loss, found, sizes = lambda frames, texts: vlmrm.info_nce(9 * frames[:, -1] @ texts.T), [], [0]
+
+    def watched(embed):
+        return lambda inputs: (sizes.append(len(inputs)), embed(inputs))[1]
+
+    for fill in (lambda model, loss, pixels, said: loss(
+            model.embed_frames(pixels), model.embed_texts(said)).backward(), answer):
+        model, sizes[:] = vlmrm.prepare_model(config, "cpu"), []
+        model.low_precision = False
+        model.embed_frames = watched(model.embed_frames)
+        model.embed_texts = watched(model.embed_texts)
+        fill(model, loss, pixels, said)
+        found.append(torch.cat([weight.grad.ravel() for weight in model.parameters()
+                                if weight.grad is not None]))
+    whole, mine = found
+    wrong = ((whole - mine).norm() / whole.norm()).item() if len(whole) == len(mine) else math.inf
+    return wrong < 1e-4 and max(sizes) <= 2, (
+        f"the gradient is wrong by {wrong:.1e} of itself; at most {max(sizes)} videos at once")
+
+CHECKS = {number: globals()[f"check_{number}"] for number in range(1, 12)}
 
 def main() -> int:
     number = int(sys.argv[1])

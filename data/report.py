@@ -229,6 +229,50 @@ def gpu_table(found: dict) -> str:
         [name, f"{cells['frames']:.0f}", f"{cells['share']:.2f}", f"{cells['gigabytes']:.1f}"]
         for name, cells in found.items() if isinstance(cells, dict)])
 
+def outcomes(found: dict, groups=("seen", "unseen")) -> dict[str, np.ndarray]:
+    """{row: what data/policy.py found (tasks, seeds, 2)} for the tasks of some groups."""
+    rows = {}
+    for job, cells in found["jobs"].items():
+        task, _, _ = job.partition(", ")
+        for row, pair in cells.items() if vlmrm.group_of(task) in groups else ():
+            rows.setdefault(row, {}).setdefault(task, []).append(pair)
+    return {row: np.array([*by_task.values()]) for row, by_task in rows.items()}
+
+def policy_table(found: dict) -> str:
+    """Success of policies by what weighed their episodes, mean ± std over seeds, and how much of
+    the way that is from all alike to the simulator's reward."""
+    titles, lines = ["weights from"], {row: [] for row in outcomes(found)}
+    for group in ("seen", "unseen"):
+        if some := {row: pairs[..., 0] for row, pairs in outcomes(found, [group]).items()}:
+            low, high = (some[row].mean() for row in ("all alike", "the simulator's reward"))
+            titles += [f"success, {len(some['all alike'])} {group} tasks", "of the way"]
+            for row, won in some.items():
+                lines[row] += [f"{won.mean():.2f} ± {won.mean(0).std():.2f}",
+                               f"{(won.mean() - low) / (high - low):.2f}" if high > low else ""]
+    return markdown(titles, [[row, *lines[row]] for row in sorted(
+        lines, key=lambda row: (row not in found["metrics"], lines[row]), reverse=True)])
+
+FINDS = "an episode that ends in success beats another (AUROC), these episodes"
+
+def by_model(found: dict) -> tuple[list[float], dict[str, list[float]]]:
+    """Mean success of the policy of each reward model, and {metric: its means over tasks}."""
+    some, metrics = outcomes(found), {}
+    for metric, (text, _) in vlmrm.METRICS.items():
+        values = [[scores[metric] for scores in tasks.values() if metric in scores]
+                  for tasks in found["metrics"].values()]
+        metrics |= {text: [*map(np.mean, values)]} if all(values) else {}
+    success, metrics[FINDS] = ([some[row][..., k].mean() for row in found["metrics"]]
+                               for k in (0, 1))
+    return success, metrics
+
+def believe_table(found: dict) -> str:
+    """Does a metric rank reward models as the success of their policies does?"""
+    success, metrics = by_model(found)
+    ranked = {text: scipy.stats.spearmanr(success, values) for text, values in metrics.items()}
+    return markdown(["metric, mean over these tasks", "rank correlation with success", "p"], [
+        [text, f"{rho:.2f}", f"{p:.3f}"] for text, (rho, p) in sorted(
+            ranked.items(), key=lambda item: -item[1].statistic)])
+
 def tables(root: Path) -> dict[str, str]:
     """All tables, by the names of the marks they stand between."""
     runs = load(root)
@@ -238,7 +282,9 @@ def tables(root: Path) -> dict[str, str]:
     found["gpu"] = gpu_table(vlmrm.read_json(root / "benchmark.json")["gpu"])
     found["ours"] = folds_table(vlmrm.read_json(root / "folds.json"), "anchored, all weights")
     return found | {name: table(vlmrm.read_json(root / f"{name}.json")) for name, table in {
-        "folds": folds_table, "hunt": hunt_table, "benchmark": benchmark_table}.items()}
+        "folds": folds_table, "hunt": hunt_table, "benchmark": benchmark_table,
+        "policy": policy_table}.items()} | {
+        "believe": believe_table(vlmrm.read_json(root / "policy.json"))}
 
 def fill(page: str, root: Path) -> str:
     """A page with the tables between <!-- name --> and <!-- end of name --> made anew."""
@@ -319,6 +365,22 @@ def draw_frontier(found: dict, path: Path) -> None:
     axis.set(xlabel="reading: VOC minus VOC of the opposite (the line: 80 % of the start's)",
              ylabel="order: mean of VOC and 2 RA - 1 at the same time")
     axis.legend()
+    vlmrm.write_whole(path, figure)
+
+def draw_policies(found: dict, path: Path) -> None:
+    """Success of policies against some metrics of the reward models that weighed their episodes."""
+    figure, (success, metrics) = Figure(figsize=(16, 5), layout="constrained"), by_model(found)
+    shown = [text for text in (*(vlmrm.METRICS[metric][0] for metric in (
+        "voc", SAME, "success_auroc")), FINDS) if text in metrics]
+    for axis, text in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown):
+        axis.plot(metrics[text], success, "o", color=SEEN)
+        for row, *place in zip(found["metrics"], metrics[text], success):
+            axis.annotate(row, place, xytext=(4, 3), textcoords="offset points", fontsize=8)
+        for row in set(outcomes(found)) - set(found["metrics"]):  # no model's weights
+            level = outcomes(found)[row][..., 0].mean()
+            axis.axhline(level, color="0.7", ls=":")
+            axis.annotate(row, (0, level), xycoords=("axes fraction", "data"), fontsize=8)
+        axis.set_title(text.partition(", these")[0], loc="left", fontsize=10)
     vlmrm.write_whole(path, figure)
 
 # -----------------------------------------------------------------------------

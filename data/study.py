@@ -3,6 +3,7 @@ none of the lesson: `python vlmrm.py --objective all --seeds 3` compares objecti
 
     python data/study.py tune      choose rates and constants on left-out seen tasks: 20 minutes
     python data/study.py study     all objectives, three seeds, and controls: 40 minutes
+    python data/study.py starts    of these the controls alone, the rest stays: 12 minutes
     python data/study.py folds     each task unseen in one of five folds: 50 minutes
 
 The times are of two cores. Options of vlmrm.py may follow (--seeds, --steps, --runs, --device, ...;
@@ -53,18 +54,20 @@ def trains(objective: str) -> bool:
 THUMBNAIL = {"backbone": "thumbnail", "objective": "triplet", "lora": 0}
 
 def study(args: argparse.Namespace, results: Path) -> None:
-    """Compare all objectives over several seeds, then triplet on thumbnails and other starts."""
-    jobs = [(name, way, {"objective": objective}) for way in WAYS
-            for name, objective in all_objectives().items()]
-    jobs.append(("thumbnail", FIRST, THUMBNAIL))
-    for start, weights in other_starts(args).items():
-        jobs += [(f"{objective}, {start}", way, {"objective": objective, "pretrained": weights})
-                 for way in WAYS for objective in ("triplet", "zeroshot")]
-    runs = [(row, way, *finish(args, way, seed=seed, **changes))
-            for seed in range(args.seed, args.seed + args.seeds) for row, way, changes in jobs
-            # Without training all seeds and ways are alike.
-            if trains(changes["objective"]) or (seed, way) == (args.seed, FIRST)]
-    gather(runs, vlmrm.Dataset(args.data), args, results)
+    """Compare all objectives over several seeds, and the controls."""
+    gather([(name, way, {"objective": objective}) for way in WAYS
+            for name, objective in all_objectives().items()] + controls(args), args, results)
+
+def starts(args: argparse.Namespace, results: Path) -> None:
+    """The controls alone. Other rows of results.json stay."""
+    gather(controls(args), args, results)
+
+def controls(args: argparse.Namespace) -> list[tuple]:
+    """Triplet on thumbnails and from other starts: (row of the table, way, changed options)."""
+    return [("thumbnail", FIRST, THUMBNAIL)] + [
+        (f"{objective}, {start}", way, {"objective": objective, "pretrained": weights})
+        for start, weights in other_starts(args).items() for way in WAYS
+        for objective in ("triplet", "zeroshot")]
 
 def other_starts(args: argparse.Namespace) -> dict[str, str]:
     """{what the weights have seen: a file, or none}: the controls of the start."""
@@ -73,13 +76,22 @@ def other_starts(args: argparse.Namespace) -> dict[str, str]:
     return {"start on 40 sentences": str(warm / "model.safetensors"), "random weights": "none"} | (
         {"strict start": str(path)} if (path := HERE / "strict.safetensors").exists() else {})
 
-def gather(runs: list[tuple], data, args: argparse.Namespace, results: Path) -> None:
-    """Write results.json, of all runs; of the first seed and way rewards.npz, and reading.json:
-    what is between start and end. runs: (row of the table, way, folder, metrics)."""
+def gather(jobs: list[tuple], args: argparse.Namespace, results: Path) -> None:
+    """Do these jobs, of controls(), with all seeds, and write results.json; of the first seed and
+    way rewards.npz, and reading.json: what is between start and end. Rows of other jobs stay."""
     def rounded(content):  # but not a configuration: rates are small
         return json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 4))
 
-    entries, rewards, reading = [], {}, {"door": {}, "between": {}}
+    runs = [(row, way, *finish(args, way, seed=seed, **changes))
+            for seed in range(args.seed, args.seed + args.seeds) for row, way, changes in jobs
+            # Without training all seeds and ways are alike.
+            if trains(changes["objective"]) or (seed, way) == (args.seed, FIRST)]
+    entries, rewards, reading, data = [], {}, {"door": {}, "between": {}}, vlmrm.Dataset(args.data)
+    if (results / "results.json").exists():
+        entries = [entry for entry in json.loads((results / "results.json").read_text())
+                   if entry["row"] not in {row for row, _, _ in jobs}]
+        rewards = dict(np.load(results / "rewards.npz"))
+        reading = vlmrm.read_json(results / "reading.json")
     for row, way, folder, metrics in runs:
         config = vlmrm.read_json(folder / "config.json")
         add_metrics(metrics, folder, config, data)
@@ -321,14 +333,16 @@ def split_anew(shipped, path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("study", "tune", "folds"))
+    parser.add_argument("part", choices=("tune", "study", "starts", "folds"))
     parser.add_argument("--results", type=Path, default=HERE / "results", help="(data/results)")
     own, rest = parser.parse_known_args()
     own.results.mkdir(parents=True, exist_ok=True)
     args = vlmrm.parse_arguments([
-        "--objective", "all", "--seeds", "3", "--runs", f"runs/{own.part}", *rest])
+        "--objective", "all", "--seeds", "3", "--runs",
+        "runs/study" if own.part == "starts" else f"runs/{own.part}", *rest])
     try:
-        {"study": study, "tune": tune, "folds": folds}[own.part](args, own.results)
+        {"tune": tune, "study": study, "starts": starts, "folds": folds}[own.part](
+            args, own.results)
     except vlmrm.InputError as problem:
         sys.exit(f"study: {problem}")
     except KeyboardInterrupt:
