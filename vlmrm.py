@@ -113,10 +113,13 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     for text in args.objective:
         if text not in ("all", *OBJECTIVES) and not (text.endswith(".py") and Path(text).is_file()):
             parser.error(f"{text!r} is not all, {', '.join(OBJECTIVES)}, or a Python file")
-    if args.frames * args.size > 16383:
-        parser.error("--frames x --size is over 16383, the limit of WebP")
-    if WORLD > 1 and (args.collect or args.score):
-        parser.error(f"--{mode} is for one process, without torchrun")
+    for wrong, text in (
+            (mode == "score" and not args.instruction, "--score needs --instruction, a sentence"),
+            (args.frames * args.size > 16383, "--frames x --size is over 16383, the limit of WebP"),
+            (WORLD > 1 and mode in ("collect", "score"), f"--{mode} is for one process"),
+            (args.backbone == "thumbnail" and args.lora, "--backbone thumbnail needs --lora 0")):
+        if wrong:
+            parser.error(text)
     for name, value in vars(args).items():
         option, low = f"--{name.replace('_', '-')}", least.get(name, 1)
         if type(value) in (int, float) and not low <= value <= 10**6:
@@ -172,8 +175,7 @@ def write_whole(path: Path, content) -> None:
         Path(f"{path}.unfinished").write_bytes(content)
         os.replace(f"{path}.unfinished", path)
 
-# -----------------------------------------------------------------------------
-# 1. Dataset collection
+# 1. Dataset collection ----------------------------------------------------------------------------
 #
 # A reward model learns what "further along" looks like, from videos in which things get done.
 # Meta-World has 50 tasks, and for each a scripted policy: an expert. Two kinds of episodes:
@@ -208,7 +210,7 @@ def load_instructions(path: Path, tasks=()) -> dict[str, dict]:
 
 def open_task(task: str, size: int):
     """The simulator of a task, the class of its scripted policy, a renderer of size x size pictures
-    (close it before the next is opened, or that returns stale frames). Raises InputError."""
+    (close it before the next is opened, or the next one's are stale). Raises InputError."""
     if sys.platform == "linux":  # without a screen; mujoco reads this once, at import
         os.environ.setdefault("MUJOCO_GL", "osmesa")
     try:
@@ -256,7 +258,7 @@ def draw(renderer, data, poses: dict) -> np.ndarray:
     return renderer.render()[::-1, ::-1]
 
 def encode_frames(frames: np.ndarray) -> bytes:
-    """Pack uint8 frames (T, S, S, 3) into a WebP, top to bottom: a 24th of the bytes."""
+    """Pack uint8 frames (T, S, S, 3) into a WebP, top to bottom: a 29th of the bytes."""
     strip = io.BytesIO()
     Image.fromarray(np.concatenate(frames)).save(strip, "WEBP", quality=70, method=6)
     return strip.getvalue()
@@ -349,8 +351,7 @@ class Dataset:
                     raise ValueError(f"{name} is {array.dtype} {array.shape}")
             if not ({*self.split} <= {"train", "validation", "test"} and self.T >= 5
                     and {*self.source} <= {"expert", "mixed"} and np.isfinite(self.rewards).all()):
-                raise ValueError("unknown split or source, fewer than five frames an episode, or a "
-                                 "reward that is not finite")
+                raise ValueError("unknown split or source, fewer than 5 frames, reward not finite")
             self.S = self.picture(0).width
             if {self.picture(e).size for e in range(self.E)} != {(self.S, self.T * self.S)}:
                 raise ValueError(f"not every strip has {self.T} square pictures of {self.S} pixels")
@@ -374,8 +375,7 @@ class Dataset:
         """Indices of the episodes that match: select(split="test", source="expert")."""
         return np.flatnonzero(np.all([getattr(self, key) == wanted[key] for key in wanted], axis=0))
 
-# -----------------------------------------------------------------------------
-# 2. The CLIP backbone
+# 2. The CLIP backbone -----------------------------------------------------------------------------
 #
 # CLIP is two towers: one maps a picture to a vector, the other a sentence, both in one space. The
 # reward of a frame is the cosine of its vector and the instruction's. That is the whole reward
@@ -490,7 +490,7 @@ class LoRA(nn.Module):
         return weight + self.B @ self.A
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Freeze the model and put an adapter on every linear layer of both towers."""
+    """Freeze the model, and put an adapter on every nn.Linear and attention matrix in it."""
     model.requires_grad_(False)
     for module in list(model.modules()):
         # MultiheadAttention packs queries, keys and values into one matrix, which is no layer.
@@ -512,8 +512,7 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         raise ValueError("some weights are not finite")
     model.load_state_dict(weights, strict=False)
 
-# -----------------------------------------------------------------------------
-# 3. The learning objectives
+# 3. The learning objectives -----------------------------------------------------------------------
 #
 # An objective says which of these vectors should be closer, and which farther apart. Three ideas:
 #     order in a video        a later frame beats an earlier      triplet, r3m
@@ -670,11 +669,12 @@ def anchored_loss(frames, texts, times, before, scale: float = 5.0, keep: float 
     """Anchored (ours): from frame to frame the right share of what remains gets done; a video moves
     along its own sentence and no other's; frames stay where they were before training.
         L = mean over u != v [(hop(p; u, v) - hop(t; u, v))^2] + directions info_nce(R) + keep mean
-        |o - o_before|^2,  hop(x; u, v) = (x_v - x_u) / (1 - x_u) if v is later, else / x_u
-        p = sigmoid(scale cos(o, l)),  R_ij = 3 sum_(steps a, b of video i) l_j . (b - a) / |b - a|
-    Notice: a run takes a quarter longer. Source: hops are of Robo-Dopamine (2512.23703, there a VLM
-    words them), R of DecisionNCE-T (2402.18137), the last term is feature distillation
-    (1606.09282). The mixture is ours, see data/results/. Uses cosine() and info_nce().
+        |o - o_before|^2,  hop(x; u, v) = (y_v - y_u) / (1 - y_u) if v is later, else / y_u,
+        y = .05 + .9 x,  p = sigmoid(scale cos(o, l)),
+        R_ij = 3 sum_(steps a, b of video i) l_j . (b - a) / |b - a|
+    Notice: the untrained model looks at each batch too. Source: hops are of Robo-Dopamine
+    (2512.23703, there a VLM words them), R of DecisionNCE-T (2402.18137), the last term is feature
+    distillation (1606.09282). The mixture is ours, data/results/. Uses cosine() and info_nce().
     """
     u, v = (~torch.eye(frames.shape[1], dtype=torch.bool)).nonzero().T
     progress = torch.sigmoid(scale * cosine(frames, texts[:, None]))  # (B, K)
@@ -692,9 +692,9 @@ def cosine_reward(frames: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 def get_objective(name: str) -> dict:
     """What a name in OBJECTIVES, or a Python file, defines: loss(frames, texts, times) and/or
-    reward(frames (E, T, D), text (D,)) -> (E, T), else the cosine. A file may add TUNED = (learning
-    rate, {constant: (value, others to try)}); LABELS = "rewards", for the simulator's as times;
-    SENTENCES, whose embeddings are the reward's third argument."""
+    reward(frames (E, T, D), text (D,)) -> (E, T), else the cosine. A file may add TUNED = (rate,
+    {constant: (value, others to try)}); LABELS = "rewards": times (B, K) are the simulator's; and
+    SENTENCES: M more, embedded (M, D) for a third argument of reward(). Raises InputError."""
     loss, *tuned = (None, 2e-3, {}) if name.endswith(".py") else OBJECTIVES[name]
     found = {"loss": globals().get(loss), "TUNED": tuned, "LABELS": "times", "SENTENCES": []}
     if name.endswith(".py"):
@@ -714,8 +714,7 @@ def reads_instruction(loss) -> bool:
     loss(frames, texts, torch.linspace(0, 1, 5).expand(8, 5), **extra).backward()
     return texts.grad is not None
 
-# -----------------------------------------------------------------------------
-# 4. The training loop
+# 4. The training loop -----------------------------------------------------------------------------
 #
 # A step: draw a batch, embed it, ask the objective for its number, move the weights. The learning
 # rate climbs while AdamW's averages are young, and falls to nothing, so that the last steps settle.
@@ -833,8 +832,7 @@ def load_checkpoint(path: Path, model, optimizer, config: dict) -> list[dict]:
         put_weights(model, tensors)
         return header["log"]
 
-# -----------------------------------------------------------------------------
-# 5. The evaluation metrics
+# 5. The evaluation metrics ------------------------------------------------------------------------
 #
 # Does the reward rise while an expert works (VOC)? Does it order frames as the simulator's does
 # (ranking accuracy)? Does it read (paraphrases, retrieval, opposites)? A clock gets .8 in ranking
@@ -848,7 +846,7 @@ METRICS = {  # name in metrics.json: (what it is, the value of a reward that kno
     "ranking_accuracy_same_time": ("ranking accuracy at the same time", 0.5),
     "ranking_accuracy_across": ("ranking accuracy across episodes", 0.5),
     "success_auroc": ("success beats failure (AUROC)", 0.5),
-    "retrieval_top1": ("the end prefers its own of 50 texts", 0.02),
+    "retrieval_top1": ("the end prefers its own text", 0.02),  # of 50
     "opposite_gap": ("VOC minus VOC of the opposite", 0.0),
 }
 
@@ -879,7 +877,8 @@ def reading_metrics(under: np.ndarray, own: int, opposite: int) -> dict[str, flo
     ends = under[:-3, :, -1]  # (M, E)
     rank = (ends >= ends[own]).sum(0)  # (E,), 1: the own one, alone
     voc = value_order_correlation(under[[own, opposite, -3, -2, -1]]).mean(1)  # (5,)
-    scores = {"voc_paraphrase": voc[2:].mean(), "retrieval_top1": (rank == 1).mean()}
+    scores = {"voc_paraphrase": voc[2:].mean(),
+              "retrieval_top1": (rank == 1).mean() if len(ends) > 1 else math.nan}
     return scores | ({"opposite_gap": voc[0] - voc[1]} if own != opposite else {})
 
 @torch.inference_mode()
@@ -892,7 +891,7 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
     extra = [model.embed_texts(extra).cpu()] if extra else []  # for a reward that takes it
     for task in tqdm([*dict.fromkeys(data.task[test])][RANK::WORLD], "evaluating", leave=False):
         episodes, own = data.select(split="test", task=task), names.index(task)
-        opposite = names.index(sentences[task].get("opposite", task))
+        opposite = names.index(sentences[task].get("opposite") or task)
         truth, success = data.rewards[episodes], data.success[episodes]
         expert = data.source[episodes] == "expert"
         frames = model.embed_frames(data.load(episodes)).cpu()  # (E, T, D)
@@ -910,7 +909,7 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
         tasks[task] = {metric: score for metric, score in scores.items() if not math.isnan(score)}
     tasks, predicted = (dict(sorted(itertools.chain(*(part.items() for part in parts))))
                         for parts in zip(*share((tasks, predicted))))
-    return average_over_tasks(tasks) | {"predicted": predicted}
+    return average_over_tasks(tasks) | {"predicted": predicted, "sentences": len(names)}
 
 def average_over_tasks(tasks: dict[str, dict]) -> dict:
     """{"seen", "unseen": {metric: {value, tasks, interval}}, "tasks"} of {task: {metric: score}}.
@@ -924,8 +923,7 @@ def average_over_tasks(tasks: dict[str, dict]) -> dict:
                                      "interval": np.quantile(drawn, [0.025, 0.975])}
     return report
 
-# -----------------------------------------------------------------------------
-# 6. A run: settings in, a folder out (config.json first, metrics.json last)
+# 6. A run: settings in, a folder out (config.json first, metrics.json last) -----------------------
 
 def digest(file: str | None) -> str:
     """SHA-256 of a file, of tiny's own weights if none is named."""
@@ -968,8 +966,8 @@ def prepare_model(config: dict, device: str = "auto") -> RewardModel:
     if config["lora"]:
         add_lora(model, config["lora"])
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: float32
-    model.low_precision = (device == "cpu" and capabilities.get("avx512_bf16", False) or  # False:
-                           device == "cuda" and torch.cuda.is_bf16_supported(False))  # unemulated
+    model.low_precision = capabilities.get("avx512_bf16", False) if device == "cpu" else (
+        device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     return model.to(device)
 
 def load_reward_model(folder: str | Path, device: str = "auto") -> RewardModel:
@@ -1037,6 +1035,7 @@ def run_all(args: argparse.Namespace) -> None:
         return compare(rows, args.runs)
     print(f"{'':34}{'seen tasks':>22}{'unseen tasks':>22}{'by chance':>11}")
     for metric, (text, chance) in METRICS.items():
+        chance = 1 / report["sentences"] if metric == "retrieval_top1" else chance
         cells = ["{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]".format(**found[metric])
                  if metric in found else "-" for found in (report["seen"], report["unseen"])]
         if cells != ["-", "-"]:
@@ -1085,8 +1084,8 @@ def draw_curves(report: dict, data: Dataset, sentences: dict, path: Path) -> Non
     """An expert and a failure of a seen and an unseen task each, chosen by the data alone."""
     videos, moved = [], np.ptp(data.rewards, axis=1)
     failed = (data.source == "mixed") & ~data.success.any(1) & ((moved > 1) | (moved == 0))
-    kinds = {"expert": data.source == "expert", "failure": failed}
-    for (kind, fits), group in itertools.product(kinds.items(), ("seen", "unseen")):
+    for (kind, fits), group in itertools.product(
+            (("expert", data.source == "expert"), ("failure", failed)), ("seen", "unseen")):
         some = [e for e in report["predicted"] if fits[e] and group_of(data.task[e]) == group]
         for e in some[len(some) // 2:][:1]:
             title = f"{sentences[data.task[e]]['instruction']} ({kind}, {group} task)"
@@ -1095,15 +1094,16 @@ def draw_curves(report: dict, data: Dataset, sentences: dict, path: Path) -> Non
             videos.append((title, data.frames(e), curves))
     draw_videos(videos, path)
 
+def check_cosine(folder: Path) -> None:
+    """Raise InputError for a run whose reward is not the trained cosine of frame and sentence."""
+    with reading(folder / "config.json"):
+        parts = get_objective(read_json(folder / "config.json")["objective"])
+    if parts["reward"] != cosine_reward or parts["loss"] and not reads_instruction(parts["loss"]):
+        raise InputError(f"{folder} was not trained for the cosine of frame and sentence")
+
 def score(args: argparse.Namespace) -> None:
     """Print and draw the rewards of a film, a picture, or a folder of numbered pictures."""
-    if not args.instruction:
-        raise InputError('--score needs the sentence: --instruction "close the drawer"')
-    with reading(args.model / "config.json"):
-        config = read_json(args.model / "config.json")
-        parts = get_objective(config["objective"])
-    if parts["reward"] != cosine_reward or parts["loss"] and not reads_instruction(parts["loss"]):
-        raise InputError(f"{args.model} was not trained for the cosine of frame and sentence")
+    check_cosine(args.model)
     model, rewards, shown = load_reward_model(args.model, args.device), [], []
     files = [args.score] if not args.score.is_dir() else sorted(
         args.score.iterdir(), key=lambda file: (len(file.name), file.name))  # 10.png after 9.png

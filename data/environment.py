@@ -17,10 +17,11 @@ def wrap_environment(env, model, instruction: str, render=None, shaping: bool = 
 
     render() -> uint8 (H, W, 3); by default env.render(). With shaping the model's reward r is added
     to the environment's own, as gamma r(s') - r(s), r of a terminal state being 0: then the best
-    policy stays the best one, whatever the model says (Ng, Harada and Russell, 1999). The
-    environment's own is in info["environment_reward"], and in info["original_env_rew"], where
-    the package `imitation` puts it. A vector environment is scored in one call, without shaping;
-    render() gives its pictures, one each. Raises InputError for a bad sentence or no picture.
+    policy stays the best one, whatever the model says, if gamma is the agent's own discount (Ng,
+    Harada and Russell, 1999). The environment's own is in info["environment_reward"], and in
+    info["original_env_rew"], where the package `imitation` puts it. A vector environment is scored
+    in one call, without shaping; render() gives its pictures, one each. Raises InputError for a bad
+    sentence or no picture.
     """
     import gymnasium
     model.score(np.zeros((1, 8, 8, 3), np.uint8), instruction)  # refuses a bad sentence now

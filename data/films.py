@@ -1,7 +1,7 @@
 """Make a data set of one's own films. It stays beside vlmrm.py because that reads data sets alone.
 
     python data/films.py films --sentences towel.json --out towel.npz
-    python vlmrm.py --data towel.npz --instructions towel.json --batch 1
+    python vlmrm.py --data towel.npz --instructions towel.json --batch 1 --runs runs/towel
 
 films/fold-towel/*.mp4 show the task done (five are few, twenty better), films/fold-towel/failed/
 hold films in which it is not. Whatever imageio reads will do: mp4, gif, webm. towel.json has each

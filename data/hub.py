@@ -1,5 +1,5 @@
 """A run as a model that others can take, in the form of the Hugging Face Hub. It stays beside
-vlmrm.py because the lesson needs nobody else's models.
+vlmrm.py because the lesson publishes nothing.
 
     python data/hub.py runs/triplet-seed0 my-model
     hf upload YOUR_NAME/my-model my-model        of huggingface_hub, which open_clip brings along
@@ -20,15 +20,16 @@ from safetensors.torch import save
 from torch.nn.utils import parametrize
 
 CARD = """---
-license: mit
+license: {licence}
 library_name: vlmrm
 tags: [robotics, reward-model, vision-language, clip]
 ---
 # {name}
 
 A vision-language reward model: how far along is a robot with what a sentence asks for? The backbone
-`{backbone}`, trained for the objective `{objective}`, one of those that *Revisiting the learning
-objectives of vision-language reward models* (arXiv 2512.20675) or its file vlmrm.py compares.
+`{backbone}`, whose licence holds for these weights, trained for the objective `{objective}` on the
+episodes of `{data}` with vlmrm.py, which follows *Revisiting the learning objectives of
+vision-language reward models* (arXiv 2512.20675) and is not by its authors.
 
 ```python
 import sys
@@ -41,7 +42,8 @@ model = vlmrm.load_reward_model(folder)
 rewards = model.score(frames, "close the drawer")  # frames uint8 (N, H, W, 3), rewards (N,)
 ```
 
-Rewards are cosines: only compare frames under one sentence. Means over tasks:
+Rewards are cosines: only compare frames under one sentence, of scenes like those it was trained on.
+Means over tasks:
 
 | | seen tasks | unseen tasks | by chance |
 | --- | --- | --- | --- |
@@ -49,7 +51,7 @@ Rewards are cosines: only compare frames under one sentence. Means over tasks:
 """
 
 def merge_adapters(model) -> dict:
-    """All weights of a model, as one without adapters has them."""
+    """All weights of a model, as one without adapters has them: which it then is, in place."""
     for module in list(model.modules()):
         for name in list(getattr(module, "parametrizations", {})):
             parametrize.remove_parametrizations(module, name)  # leaves W + B A in the place of W
@@ -57,19 +59,20 @@ def merge_adapters(model) -> dict:
 
 def publish(run: Path, out: Path) -> None:
     """Write the folder. Raises InputError."""
+    vlmrm.check_cosine(run)
     config, report = (vlmrm.read_json(run / name) for name in ("config.json", "metrics.json"))
-    if vlmrm.get_objective(config["objective"])["reward"] != vlmrm.cosine_reward:
-        raise vlmrm.InputError(f"the reward of {run} is not the cosine: its file would be missing")
     weights = merge_adapters(vlmrm.load_reward_model(run, "cpu"))
     out.mkdir(parents=True)  # it exists: say so before anything is written
     for name in ("objective", "pretrained", "data", "instructions"):
         config[name] = config[name] and Path(config[name]).name
+    ours = config["backbone"] in ("tiny", "thumbnail")
     rows = [[f"{report[group][metric]['value']:.2f}" if metric in report[group] else ""
              for group in ("seen", "unseen")] for metric in vlmrm.METRICS]
     vlmrm.write_whole(out / "model.safetensors", save(weights))
     vlmrm.write_whole(out / "config.json", config | {"lora": 0})
     vlmrm.write_whole(out / "README.md", CARD.format(
         name=out.name, backbone=config["backbone"], objective=Path(config["objective"]).stem,
+        data=config["data"], licence="mit" if ours else "other",
         table="\n".join(f"| {text} | {' | '.join(cells)} | {chance:.2f} |" for (text, chance), cells
                         in zip(vlmrm.METRICS.values(), rows) if any(cells))).encode())
     shutil.copy(vlmrm.__file__, out / "vlmrm.py")

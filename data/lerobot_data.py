@@ -2,8 +2,8 @@
 needs neither: it is for whoever has robot data in LeRobot's form, or trains a policy with LeRobot.
 
     python data/lerobot_data.py read FOLDER --out mine.npz --sentences mine.json
-    python vlmrm.py --data mine.npz --instructions mine.json --batch 2
-    python data/lerobot_data.py progress runs/triplet-seed0 FOLDER
+    python vlmrm.py --data mine.npz --instructions mine.json --batch 2 --runs runs/mine
+    python data/lerobot_data.py progress runs/mine/triplet-seed0 FOLDER
     lerobot-train ... --sample_weighting.type=rabc --sample_weighting.head_mode=sparse
 
 First pip install pyarrow. Rewards are next.reward, or 0; an expert's next.success is true somewhere
@@ -125,6 +125,7 @@ def read(args: argparse.Namespace) -> None:
 def progress(args: argparse.Namespace) -> None:
     """Write the reward of every frame as progress: under a sentence the mean of its experts' first
     frames is 0, of their last 1. Not in an episode: there the best of a failure would be 1 too."""
+    vlmrm.check_cosine(args.run)
     model, episodes = vlmrm.load_reward_model(args.run), list_episodes(args.folder, args.camera)
     ends = {e["sentence"]: [] for e in episodes if e["expert"]}
     if lost := {e["sentence"] for e in episodes} - set(ends):

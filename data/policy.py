@@ -4,11 +4,11 @@ where a reward is measured; this is what such a reward is for.
     python vlmrm.py --objective triplet anchored zeroshot data/objectives/clock.py
     python data/policy.py runs/*-seed0 --tasks drawer-open-v3           2 minutes on two cores
 
-Of each task 120 episodes: a sixth by the expert, in the others it goes wrong at a random time. All
-that a reward model may do is weigh the episodes, by how it rewards their last pictures. A policy
-then clones their actions, from the simulator's state; its share of successes from fresh starts says
-what the model is worth. Beside it: all episodes alike, weights from the simulator's own reward, and
-the experts' episodes alone. The same command goes on with what was stopped.
+Of each task 120 episodes: a sixth by the expert, in the others it goes wrong at a random time. A
+reward model weighs them by its rewards of their last pictures; a policy clones their actions, from
+the simulator's state, and is tried from fresh starts. So this asks how well a model picks what came
+to a good end, not whether its reward could guide a policy on the way. Beside it all episodes alike,
+weights from the simulator's reward, and experts alone. The same command goes on when stopped.
 """
 import argparse
 import functools
@@ -20,7 +20,6 @@ import warnings
 import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).parent)]
 import vlmrm  # before torch: see there
@@ -33,7 +32,7 @@ from tqdm import tqdm
 TASKS = [f"{task}-v3" for task in (
     "window-close reach-wall faucet-close coffee-button button-press-wall door-lock "
     "handle-press-side sweep-into drawer-open door-unlock faucet-open plate-slide-back").split()]
-LENGTH, LAST = 150, 5  # steps of a failure; pictures of an episode whose mean reward is its score
+LENGTH, LAST = 150, 5  # steps at most; pictures of an episode whose mean reward is its score
 SHARPNESS = 4  # of the weights
 
 def follow(env, policy, seed: int):
@@ -41,12 +40,13 @@ def follow(env, policy, seed: int):
     5 steps after success or LENGTH. policy(state (39,)) returns an action (4,)."""
     env.seeded_rand_vec, env._freeze_rand_vec = True, False  # see vlmrm.collect_task()
     env.seed(seed)
-    actor = SimpleNamespace(get_action=policy)
+    actor = argparse.Namespace(get_action=policy)  # all that it asks an expert for
     return tuple(vlmrm.roll_out(env, actor, np.random, LENGTH, noise=0.0, random_share=0.0))
 
 def record(env, policy, renderer, seed: int, wrong_from: int) -> dict:
     """An episode of the expert that goes wrong at a step: from there on it moves in a direction at
-    random, another one every ten steps. Pictures are of the first and the last steps."""
+    random, another one every ten steps. {"states": list of (39,), "actions": list of (4,), "true":
+    mean reward, "done": a late success?, "pictures": uint8 (1 + LAST, S, S, 3), first and last}."""
     states, actions, rng = [], [], np.random.default_rng(seed)
 
     def act(state):
@@ -77,7 +77,7 @@ def record_all(env, policy, renderer, job: dict) -> list[dict]:
 
 @torch.inference_mode()
 def score(folder: Path, task: str, pictures: np.ndarray) -> np.ndarray:
-    """A run's rewards of the last pictures of episodes (E, 1 + LAST, S, S, 3), their means (E,)."""
+    """Mean rewards (E,) by a run of the last pictures of episodes, uint8 (E, 1 + LAST, S, S, 3)."""
     config = vlmrm.read_json(folder / "config.json")
     parts, model = vlmrm.get_objective(config["objective"]), vlmrm.load_reward_model(folder)
     sentence = vlmrm.load_instructions(config["instructions"], [task])[task]["instruction"]
@@ -86,8 +86,7 @@ def score(folder: Path, task: str, pictures: np.ndarray) -> np.ndarray:
     return np.asarray(reward)[:, 1:].mean(1)
 
 def weigh(scores: np.ndarray) -> np.ndarray:
-    """Weights (E,) of episodes from their scores on whatever scale: exp(SHARPNESS z), z standard
-    deviations above the mean. Equal scores, equal weights."""
+    """Weights (E,) of episodes from their scores, on whatever scale. Equal ones weigh the same."""
     return np.exp(SHARPNESS * (scores - scores.mean()) / max(scores.std(), 1e-6))
 
 def clone(episodes: list[dict], weights: np.ndarray, job: dict) -> list:
@@ -126,8 +125,9 @@ def act(layers: list[tuple], mean: np.ndarray, std: np.ndarray, state: np.ndarra
     return np.clip(x, -1, 1)
 
 def compare(job: dict) -> dict[str, list[float]]:
-    """Of a task and a seed {row: [share of starts from which its policy succeeds, how probably an
-    episode that ends in success scores above another]}."""
+    """{row: [share of starts from which its policy succeeds, how probably an episode that ends in
+    success scores above one that does not]}. job: task, seed, rows {name: folder}, episodes, starts
+    and steps. Raises InputError."""
     torch.set_num_threads(1)  # the other cores have jobs of their own
     warnings.simplefilter("ignore")
     env, policy, renderer = vlmrm.open_task(job["task"], 96)
@@ -147,9 +147,9 @@ def compare(job: dict) -> dict[str, list[float]]:
 
 def row_of(config: dict) -> str:
     """What a run is called in the tables."""
-    name, trained = Path(config["objective"]).stem, vlmrm.get_objective(config["objective"])["loss"]
-    return config["backbone"] if config["backbone"] == "thumbnail" else (
-        name + ", all weights" * bool(trained and not config["lora"]))
+    full = not config["lora"] and vlmrm.get_objective(config["objective"])["loss"]
+    name = Path(config["objective"]).stem + ", all weights" * bool(full)
+    return "thumbnail" if config["backbone"] == "thumbnail" else name
 
 def study(args: argparse.Namespace) -> dict:
     """Do what is not in args.out yet, a job of each core at a time. Returns what it then has."""

@@ -91,7 +91,7 @@ ORDER = {("voc", "seen"): "VOC, seen tasks", ("voc", "unseen"): "VOC, unseen tas
 
 def short_table(runs: dict) -> str:
     """The paper's objectives, ours and the controls, trained as by default unless it is said."""
-    columns = ORDER | {("opposite_gap", "unseen"): "VOC minus that of the opposite, unseen"}
+    columns = ORDER | {("opposite_gap", "unseen"): "VOC minus that of the opposite, 7 unseen"}
     rows = []
     for name in SHORT:
         row, _, way = name.partition(", ")
@@ -130,7 +130,7 @@ def comparison_table(runs: dict) -> str:
 
 def reading_table(runs: dict) -> str:
     """What is left of reading, on unseen tasks, in both ways of fine-tuning."""
-    columns = {"opposite_gap": "VOC minus VOC of the opposite", "success_auroc": "success (AUROC)",
+    columns = {"opposite_gap": "VOC minus VOC of the opposite (7 tasks)", "success_auroc": "success (AUROC)",
                "retrieval_top1": "retrieval", "voc_paraphrase": "VOC, paraphrased"}
     rows = [row for row in runs if row not in ("clock", "distance-from-start")]  # know no sentence
     return markdown(["objective", *by_ways(columns.values())], [
@@ -185,7 +185,7 @@ def folds_table(found: dict, reference: str = "triplet") -> str:
             rows[-1] += [over_tasks(gain, "+"), f"{p[metric][row]:.3f}"] if row in p[metric] else [
                 "", ""]
     return markdown(["objective", "VOC", "ranking at the same time", "ranking within",
-                     "opposite gap", f"VOC: {reference} minus it", "p",
+                     "opposite gap (18 tasks)", f"VOC: {reference} minus it", "p",
                      f"same time: {reference} minus it", "p"], rows)
 
 def kept_reading(scores: dict, start: dict) -> bool:
@@ -239,15 +239,16 @@ def outcomes(found: dict, groups=("seen", "unseen")) -> dict[str, np.ndarray]:
     return {row: np.array([*by_task.values()]) for row, by_task in rows.items()}
 
 def policy_table(found: dict) -> str:
-    """Success of policies by what weighed their episodes, mean ± std over seeds, and how much of
-    the way that is from all alike to the simulator's reward."""
+    """Success of policies by what weighed their episodes, mean ± std over seeds, and the share that
+    is of the way from all alike to the simulator's reward."""
     titles, lines = ["weights from"], {row: [] for row in outcomes(found)}
     for group in ("seen", "unseen"):
         if some := {row: pairs[..., 0] for row, pairs in outcomes(found, [group]).items()}:
             low, high = (some[row].mean() for row in ("all alike", "the simulator's reward"))
-            titles += [f"success, {len(some['all alike'])} {group} tasks", "of the way"]
+            titles += [f"success, {len(some['all alike'])} {group} tasks", "share of the way"]
             for row, won in some.items():
-                lines[row] += [f"{won.mean():.2f} ± {won.mean(0).std():.2f}",
+                spread = f" ± {won.mean(0).std(ddof=1):.2f}" if won.shape[1] > 1 else ""
+                lines[row] += [f"{won.mean():.2f}{spread}",
                                f"{(won.mean() - low) / (high - low):.2f}" if high > low else ""]
     return markdown(titles, [[row, *lines[row]] for row in sorted(
         lines, key=lambda row: (row not in found["metrics"], lines[row]), reverse=True)])

@@ -3,7 +3,8 @@ because the lesson looks at pictures that stand still.
 
     python data/show.py runs/triplet-seed0 clip.mp4 "close the drawer"       writes clip-reward.gif
 
-A sentence for each curve. With --out reward.mp4 it becomes a film of that name and kind.
+A sentence for each curve. With --out reward.mp4 it becomes a film of that name and kind. It shows
+eight pictures a second, all that the film has: cut a long one first.
 """
 import argparse
 import sys
@@ -30,7 +31,7 @@ def read_film(path: Path) -> list[Image.Image]:
         return [picture.resize((WIDTH, height)) for picture in pictures]
 
 def draw_curves(rewards: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """A picture of the curves, uint8 (240, WIDTH, 3), and where the frames are in it (T,)."""
+    """A picture of curves (T,), uint8 (240, WIDTH, 3), and the column in it of each frame (T,)."""
     figure = Figure(figsize=(WIDTH / 100, 2.4), dpi=100, layout="constrained")
     canvas, axis = FigureCanvasAgg(figure), figure.subplots()
     for text, values in rewards.items():
@@ -42,7 +43,7 @@ def draw_curves(rewards: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     return np.asarray(canvas.buffer_rgba())[..., :3], places.round().astype(int)
 
 def film(pictures: list, rewards: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Each picture over the curves; what is yet to come of them is pale."""
+    """Each picture over the curves, uint8 (H + 240, WIDTH, 3); what is to come of them is pale."""
     curves, places = draw_curves(rewards)
     frames, edge = [], places[-1]
     for picture, x in zip(pictures, places):
@@ -62,6 +63,7 @@ def main() -> int:
     args = parser.parse_args()
     out = args.out or args.film.with_name(f"{args.film.stem}-reward.gif")
     try:
+        vlmrm.check_cosine(args.run)
         pictures, model = read_film(args.film), vlmrm.load_reward_model(args.run)
         rewards = {text: np.concatenate([model.score(np.asarray(picture)[None], text)
                                          for picture in tqdm(pictures, text)])
