@@ -382,8 +382,8 @@ class Dataset:
 # model; an objective only decides where the vectors go. All have unit length, so that no objective
 # can win by scale: cosine, dot product and distance say the same, |a - b|^2 = 2 - 2 cos(a, b).
 # TINY is ours (the paper fine-tunes SigLIP2): small enough to train while you watch. Before any
-# objective it has seen its world, as SigLIP2 has seen the web: captioned pictures of drawers, doors
-# and mugs in random states (data/scenes.py), but no instruction and nobody at work.
+# objective it has seen its world, nearer than SigLIP2 has in the web: captioned pictures of all the
+# drawers, doors and mugs in random states (data/scenes.py), but no instruction, nobody at work.
 
 TINY = {
     "embed_dim": 128,

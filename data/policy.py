@@ -90,9 +90,8 @@ def weigh(scores: np.ndarray) -> np.ndarray:
     return np.exp(SHARPNESS * (scores - scores.mean()) / max(scores.std(), 1e-6))
 
 def clone(episodes: list[dict], weights: np.ndarray, job: dict) -> list:
-    """Policies, one of each row of weights (P, E), that do what was done in these states. A step of
-    an episode is drawn as often as its weight says. All train at once: a layer is a batch of P
-    matrices."""
+    """Policies, one of each row of weights (P, E), that do what was done in these states: a step of
+    an episode is drawn as often as its weight says. A layer is a batch of P matrices."""
     torch.manual_seed(job["seed"])
     states, actions = (torch.tensor(np.concatenate([e[name] for e in episodes])).float()
                        for name in ("states", "actions"))
@@ -126,8 +125,7 @@ def act(layers: list[tuple], mean: np.ndarray, std: np.ndarray, state: np.ndarra
 
 def compare(job: dict) -> dict[str, list[float]]:
     """{row: [share of starts from which its policy succeeds, how probably an episode that ends in
-    success scores above one that does not]}. job: task, seed, rows {name: folder}, episodes, starts
-    and steps. Raises InputError."""
+    success scores above another]}. job: task, seed, rows {name: folder} and the options."""
     torch.set_num_threads(1)  # the other cores have jobs of their own
     warnings.simplefilter("ignore")
     env, policy, renderer = vlmrm.open_task(job["task"], 96)

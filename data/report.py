@@ -239,8 +239,8 @@ def outcomes(found: dict, groups=("seen", "unseen")) -> dict[str, np.ndarray]:
     return {row: np.array([*by_task.values()]) for row, by_task in rows.items()}
 
 def policy_table(found: dict) -> str:
-    """Success of policies by what weighed their episodes, mean ± std over seeds, and the share that
-    is of the way from all alike to the simulator's reward."""
+    """Success of policies by what weighed their episodes, mean ± std over seeds, the share that is
+    of the way from all alike to the simulator's reward, and p over all tasks."""
     titles, lines = ["weights from"], {row: [] for row in outcomes(found)}
     for group in ("seen", "unseen"):
         if some := {row: pairs[..., 0] for row, pairs in outcomes(found, [group]).items()}:
@@ -248,8 +248,14 @@ def policy_table(found: dict) -> str:
             titles += [f"success, {len(some['all alike'])} {group} tasks", "share of the way"]
             for row, won in some.items():
                 spread = f" ± {won.mean(0).std(ddof=1):.2f}" if won.shape[1] > 1 else ""
-                lines[row] += [f"{won.mean():.2f}{spread}",
-                               f"{(won.mean() - low) / (high - low):.2f}" if high > low else ""]
+                share = f"{(won.mean() - low) / (high - low):.2f}" if high > low else ""
+                lines[row] += [f"{won.mean():.2f}{spread}", share.replace("-0.00", "0.00")]
+    if "zeroshot" in found["metrics"]:
+        titles.append("p, against `zeroshot`")
+        p = paired_p_values({row: pairs[..., 0].mean(1) for row, pairs in outcomes(found).items()
+                             if row in found["metrics"]}, "zeroshot")
+        for row in lines:
+            lines[row].append(f"{p[row]:.3f}" if row in p else "")
     return markdown(titles, [[row, *lines[row]] for row in sorted(
         lines, key=lambda row: (row not in found["metrics"], lines[row]), reverse=True)])
 
@@ -267,12 +273,20 @@ def by_model(found: dict) -> tuple[list[float], dict[str, list[float]]]:
     return success, metrics
 
 def believe_table(found: dict) -> str:
-    """Does a metric rank reward models as the success of their policies does?"""
-    success, metrics = by_model(found)
-    ranked = {text: scipy.stats.spearmanr(success, values) for text, values in metrics.items()}
-    return markdown(["metric, mean over these tasks", "rank correlation with success", "p"], [
-        [text, f"{rho:.2f}", f"{p:.3f}"] for text, (rho, p) in sorted(
-            ranked.items(), key=lambda item: -item[1].statistic)])
+    """Does a metric rank reward models as the success of their policies does? All of them, and
+    those alone that are trained, on the tower."""
+    every = [*found["metrics"]]
+    rivals = [row for row in every if is_rival(row)]
+    titles, columns = ["Spearman's correlation with success, means over these tasks"], []
+    for rows in (every, rivals) if len(rivals) > 2 else (every,):
+        titles += [f"{len(rows)} models", "p"]
+        success, metrics = by_model(found | {"metrics": {
+            row: found["metrics"][row] for row in rows}})
+        columns.append({text: scipy.stats.spearmanr(success, metrics[text]) for text in metrics})
+    return markdown(titles, [
+        [text, *(f"{number:.{digits}f}" for column in columns
+                 for number, digits in zip(column[text], (2, 3)))]
+        for text in sorted(columns[0], key=lambda text: -columns[0][text].statistic)])
 
 def tables(root: Path) -> dict[str, str]:
     """All tables, by the names of the marks they stand between."""
@@ -370,18 +384,20 @@ def draw_frontier(found: dict, path: Path) -> None:
 
 def draw_policies(found: dict, path: Path) -> None:
     """Success of policies against some metrics of the reward models that weighed their episodes."""
-    figure, (success, metrics) = Figure(figsize=(16, 5), layout="constrained"), by_model(found)
+    figure, (success, metrics) = Figure(figsize=(13, 11.5), layout="constrained"), by_model(found)
     shown = [text for text in (*(vlmrm.METRICS[metric][0] for metric in (
         "voc", SAME, "success_auroc")), FINDS) if text in metrics]
-    for axis, text in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown):
+    for axis, text in zip(figure.subplots(2, 2).ravel(), shown):
         axis.plot(metrics[text], success, "o", color=SEEN)
         for row, *place in zip(found["metrics"], metrics[text], success):
-            axis.annotate(row, place, xytext=(4, 3), textcoords="offset points", fontsize=8)
+            right = place[0] > np.mean([max(metrics[text]), min(metrics[text])])
+            axis.annotate(row, place, xytext=(-6 if right else 6, -3), textcoords="offset points",
+                          fontsize=8, ha="right" if right else "left")
         for row in set(outcomes(found)) - set(found["metrics"]):  # no model's weights
             level = outcomes(found)[row][..., 0].mean()
             axis.axhline(level, color="0.7", ls=":")
-            axis.annotate(row, (0, level), xycoords=("axes fraction", "data"), fontsize=8)
-        axis.set_title(text.partition(", these")[0], loc="left", fontsize=10)
+            axis.annotate(row, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8)
+        axis.set(xlabel=text, ylabel="success of the cloned policy, mean over tasks")
     vlmrm.write_whole(path, figure)
 
 # -----------------------------------------------------------------------------
