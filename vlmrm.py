@@ -382,8 +382,8 @@ class Dataset:
 # model; an objective only decides where the vectors go. All have unit length, so that no objective
 # can win by scale: cosine, dot product and distance say the same, |a - b|^2 = 2 - 2 cos(a, b).
 # TINY is ours (the paper fine-tunes SigLIP2): small enough to train while you watch. Before any
-# objective it has seen its world, nearer than SigLIP2 has in the web: captioned pictures of all the
-# drawers, doors and mugs in random states (data/scenes.py), but no instruction, nobody at work.
+# objective it has seen its world: captioned pictures of all the drawers, doors and mugs of these
+# tasks in random states (data/scenes.py), but no instruction and nobody at work.
 
 TINY = {
     "embed_dim": 128,
@@ -1035,7 +1035,7 @@ def run_all(args: argparse.Namespace) -> None:
         return compare(rows, args.runs)
     print(f"{'':34}{'seen tasks':>22}{'unseen tasks':>22}{'by chance':>11}")
     for metric, (text, chance) in METRICS.items():
-        chance = 1 / report["sentences"] if metric == "retrieval_top1" else chance
+        chance = 1 / report.get("sentences", 50) if metric == "retrieval_top1" else chance
         cells = ["{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]".format(**found[metric])
                  if metric in found else "-" for found in (report["seen"], report["unseen"])]
         if cells != ["-", "-"]:
@@ -1095,7 +1095,7 @@ def draw_curves(report: dict, data: Dataset, sentences: dict, path: Path) -> Non
     draw_videos(videos, path)
 
 def check_cosine(folder: Path) -> None:
-    """Raise InputError for a run whose reward is not the trained cosine of frame and sentence."""
+    """Raise InputError if a run's reward is not the cosine, or if its loss reads no sentence."""
     with reading(folder / "config.json"):
         parts = get_objective(read_json(folder / "config.json")["objective"])
     if parts["reward"] != cosine_reward or parts["loss"] and not reads_instruction(parts["loss"]):

@@ -73,16 +73,16 @@ def mean(runs: list[dict], group: str, metric: str = "voc") -> float:
 # Tables
 
 def markdown(titles: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table. The first title may be empty."""
+    """A Markdown table, without minus before a zero. The first title may be empty."""
     head, *lines = ["| " + " | ".join(cells).lstrip() + " |" for cells in (titles, *rows)]
-    return "\n".join([head, "|" + " --- |" * len(titles), *lines])
+    return "\n".join([head, "|" + " --- |" * len(titles), *lines]).replace("-0.00", "0.00")
 
 def cell(runs: list[dict], group: str, metric: str) -> str:
     """Mean ± std over seeds."""
     if not (found := [run[group][metric]["value"] for run in runs if metric in run[group]]):
         return ""
     spread = f" ± {np.std(found, ddof=1):.2f}" if len(found) > 1 else ""
-    return f"{np.mean(found):.2f}{spread}".replace("-0.00", "0.00")
+    return f"{np.mean(found):.2f}{spread}"
 
 SAME, WITHIN = "ranking_accuracy_same_time", "ranking_accuracy_within"
 ORDER = {("voc", "seen"): "VOC, seen tasks", ("voc", "unseen"): "VOC, unseen tasks",
@@ -165,7 +165,7 @@ def over_tasks(scores: np.ndarray, sign: str = "") -> str:
     """Mean and 95 % t interval over tasks."""
     half = scipy.stats.t.ppf(0.975, len(scores) - 1) * scipy.stats.sem(scores)
     return "{:{s}.2f} [{:{s}.2f}, {:{s}.2f}]".format(
-        scores.mean(), scores.mean() - half, scores.mean() + half, s=sign).replace("-0.00", "0.00")
+        scores.mean(), scores.mean() - half, scores.mean() + half, s=sign)
 
 def folds_table(found: dict, reference: str = "triplet") -> str:
     """Unseen tasks of all folds of data/study.py, and by how much the reference beats the rest."""
@@ -179,7 +179,7 @@ def folds_table(found: dict, reference: str = "triplet") -> str:
     rows = []
     for row in sorted(columns, key=lambda row: (is_baseline(row), -columns[row]["voc"].mean())):
         rows.append([label(row, "`"), *(
-            f"{scores.mean():.2f}".replace("-0.00", "0.00") for scores in columns[row].values())])
+            f"{scores.mean():.2f}" for scores in columns[row].values())])
         for metric in p:
             gain = columns[reference][metric] - columns[row][metric]
             rows[-1] += [over_tasks(gain, "+"), f"{p[metric][row]:.3f}"] if row in p[metric] else [
@@ -248,8 +248,8 @@ def policy_table(found: dict) -> str:
             titles += [f"success, {len(some['all alike'])} {group} tasks", "share of the way"]
             for row, won in some.items():
                 spread = f" ± {won.mean(0).std(ddof=1):.2f}" if won.shape[1] > 1 else ""
-                share = f"{(won.mean() - low) / (high - low):.2f}" if high > low else ""
-                lines[row] += [f"{won.mean():.2f}{spread}", share.replace("-0.00", "0.00")]
+                lines[row] += [f"{won.mean():.2f}{spread}",
+                               f"{(won.mean() - low) / (high - low):.2f}" if high > low else ""]
     if "zeroshot" in found["metrics"]:
         titles.append("p, against `zeroshot`")
         p = paired_p_values({row: pairs[..., 0].mean(1) for row, pairs in outcomes(found).items()
