@@ -222,6 +222,14 @@ def benchmark_table(found: dict) -> str:
         row("collection, 24 kept of an episode's 150", found["collection"], "_24_of_150"),
         row("training step", found["training"]), row("evaluation", found["evaluation"])])
 
+def seconds_table(found: dict) -> str:
+    """How long the default run takes."""
+    return markdown(["the default run", "seconds"], [
+        [text, f"{np.median(seconds):.0f}"] for text, seconds in (
+            ("as it is, seeds 0, 1, 2", found["default"]["wall_seconds"]),
+            ("one process with two threads", found["many"]["one"]),
+            ("two processes with one thread each", found["many"]["two"]))])
+
 def gpu_table(found: dict) -> str:
     """Training steps of real architectures."""
     return markdown(["random weights, LoRA of rank 8, 224 pixels", "frames/s", "share of the peak",
@@ -299,6 +307,7 @@ def tables(root: Path) -> dict[str, str]:
     return found | {name: table(vlmrm.read_json(root / f"{name}.json")) for name, table in {
         "folds": folds_table, "hunt": hunt_table, "benchmark": benchmark_table,
         "policy": policy_table}.items()} | {
+        "seconds": seconds_table(vlmrm.read_json(root / "benchmark.json")),
         "believe": believe_table(vlmrm.read_json(root / "policy.json"))}
 
 def fill(page: str, root: Path) -> str:
