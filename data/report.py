@@ -130,8 +130,9 @@ def comparison_table(runs: dict) -> str:
 
 def reading_table(runs: dict) -> str:
     """What is left of reading, on unseen tasks, in both ways of fine-tuning."""
-    columns = {"opposite_gap": "VOC minus VOC of the opposite (7 tasks)", "success_auroc": "success (AUROC)",
-               "retrieval_top1": "retrieval", "voc_paraphrase": "VOC, paraphrased"}
+    columns = {"opposite_gap": "VOC minus VOC of the opposite (7 tasks)",
+               "success_auroc": "success (AUROC)", "retrieval_top1": "retrieval",
+               "voc_paraphrase": "VOC, paraphrased"}
     rows = [row for row in runs if row not in ("clock", "distance-from-start")]  # know no sentence
     return markdown(["objective", *by_ways(columns.values())], [
         [label(row, "`"), *(cell(runs[row].get(way, []), "unseen", metric)
