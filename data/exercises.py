@@ -28,7 +28,7 @@ half of learning it. Write your answers into a file answers.py beside vlmrm.py:
    python vlmrm.py --objective triplet --lora 0 --learning-rate 2e-3 --runs runs/rough
    What has become of door-open, an unseen task (metrics.json, tasks, door-open-v3, voc)? And of the
    mean "VOC minus VOC of the opposite" of unseen tasks? The start has .56 and .65. Write a file
-   answer_8.py beside vlmrm.py with a loss(frames, texts, times) or loss(frames, texts, times, before),
+   answer_8.py beside vlmrm.py, with a loss(frames, texts, times) or one that takes `before` too,
    none of ours: under the same options it must order unseen tasks better than triplet, and keep a
    gap of .5. The check trains both. Do not choose by it: leave seen tasks out of training, and
    choose by those.
