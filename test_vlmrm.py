@@ -1741,6 +1741,10 @@ def test_a_model_for_others(finished, tmp_path, monkeypatch):
     card = (out / "README.md").read_text()
     value = kept_in(finished[0])["seen"]["voc"]["value"]
     assert card.startswith("---\nlicense: mit") and f"frames | {value:.2f} | " in card
+    shutil.copytree(finished[0], few := tmp_path / "few")
+    vlmrm.write_whole(few / "metrics.json", kept_in(few) | {"sentences": 4})
+    hub.publish(few, tmp_path / "of-few")  # one of four is found by chance in a quarter of cases
+    assert re.search(r"its own text \|.*\| 0\.25 \|", (tmp_path / "of-few/README.md").read_text())
 
 def test_a_film_over_its_reward(finished, tmp_path, monkeypatch, capsys):
     """As many pictures as the film has; what is to come of the curve is pale."""

@@ -66,15 +66,16 @@ def publish(run: Path, out: Path) -> None:
     for name in ("objective", "pretrained", "data", "instructions"):
         config[name] = config[name] and Path(config[name]).name
     ours = config["backbone"] in ("tiny", "thumbnail")
-    rows = [[f"{report[group][metric]['value']:.2f}" if metric in report[group] else ""
-             for group in ("seen", "unseen")] for metric in vlmrm.METRICS]
+    chances = {"retrieval_top1": 1 / report.get("sentences", 50)}  # the others do not depend on it
+    rows = [[text, *(f"{report[group][metric]['value']:.2f}" if metric in report[group] else ""
+                     for group in ("seen", "unseen")), f"{chances.get(metric, chance):.2f}"]
+            for metric, (text, chance) in vlmrm.METRICS.items()]
     vlmrm.write_whole(out / "model.safetensors", save(weights))
     vlmrm.write_whole(out / "config.json", config | {"lora": 0})
     vlmrm.write_whole(out / "README.md", CARD.format(
         name=out.name, backbone=config["backbone"], objective=Path(config["objective"]).stem,
         data=config["data"], licence="mit" if ours else "other",
-        table="\n".join(f"| {text} | {' | '.join(cells)} | {chance:.2f} |" for (text, chance), cells
-                        in zip(vlmrm.METRICS.values(), rows) if any(cells))).encode())
+        table="\n".join(f"| {' | '.join(row)} |" for row in rows if any(row[1:3]))).encode())
     shutil.copy(vlmrm.__file__, out / "vlmrm.py")
 
 def main() -> int:
