@@ -176,7 +176,6 @@ def write_whole(path: Path, content) -> None:
         os.replace(f"{path}.unfinished", path)
 
 # 1. Dataset collection ----------------------------------------------------------------------------
-#
 # A reward model learns what "further along" looks like, from videos in which things get done.
 # Meta-World has 50 tasks, and for each a scripted policy: an expert. Two kinds of episodes:
 #   expert  the scripted policy; only successes are kept, cut 5 steps later. We train on some. On
@@ -364,7 +363,7 @@ class Dataset:
     def frames(self, e: int) -> np.ndarray:
         """The frames of one episode, uint8 (T, S, S, 3). Raises InputError if it is damaged."""
         with reading(self.path):
-            return np.asarray(self.picture(e).convert("RGB")).reshape(self.T, self.S, self.S, 3)
+            return np.asarray(self.picture(e)).reshape(self.T, self.S, self.S, 3)
 
     def load(self, episodes) -> np.ndarray:
         """The frames of some episodes, unpacked by all cores: uint8 (len(episodes), T, S, S, 3)."""
@@ -376,7 +375,6 @@ class Dataset:
         return np.flatnonzero(np.all([getattr(self, key) == wanted[key] for key in wanted], axis=0))
 
 # 2. The CLIP backbone -----------------------------------------------------------------------------
-#
 # CLIP is two towers: one maps a picture to a vector, the other a sentence, both in one space. The
 # reward of a frame is the cosine of its vector and the instruction's. That is the whole reward
 # model; an objective only decides where the vectors go. All have unit length, so that no objective
@@ -387,7 +385,8 @@ class Dataset:
 
 TINY = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 96, "patch_size": 16, "width": 128, "layers": 4, "head_width": 64},
+    "vision_cfg": {"image_size": 96, "patch_size": 16, "width": 128, "layers": 4, "head_width": 64,
+                   "block_type": "custom"},  # the same attention, but faster backwards
     "text_cfg": {"context_length": 24, "vocab_size": 4096, "width": 128, "heads": 2, "layers": 1},
 }
 
@@ -414,14 +413,15 @@ class RewardModel(nn.Module):
         """Outputs of a tower as unit vectors, float32, whatever precision the tower ran in."""
         device = self.mean.device.type
         # On a CPU plain attention trains faster than the fused kernel, made for longer sequences.
-        attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+        plain = device == "cpu" and torch.is_grad_enabled()
+        attention = sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
         with torch.autocast(device, torch.bfloat16, enabled=self.low_precision), attention:
             return F.normalize(tower(inputs).float(), dim=-1)
 
     def embed_frames(self, frames: np.ndarray) -> torch.Tensor:
         """uint8 frames (..., H, W, 3), stretched to the model's size -> (..., D), unit, float32."""
-        features = []
-        for part in torch.tensor(frames).flatten(0, -4).split(240):  # or a film may be too long
+        features, most = [], 10**9 if torch.is_grad_enabled() else 120  # a film may be too long
+        for part in torch.tensor(frames).flatten(0, -4).split(most):
             pixels = part.to(self.mean.device).permute(0, 3, 1, 2).contiguous().float()
             if pixels.shape[2:] != (self.size, self.size):  # (N, 3, H, W)
                 pixels = F.interpolate(pixels, (self.size,) * 2, mode="bilinear", antialias=True)
@@ -493,8 +493,8 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze the model, and put an adapter on every nn.Linear and attention matrix in it."""
     model.requires_grad_(False)
     for module in list(model.modules()):
-        # MultiheadAttention packs queries, keys and values into one matrix, which is no layer.
-        packed = isinstance(module, nn.MultiheadAttention)
+        # Attention packs queries, keys and values into one matrix, which is no layer.
+        packed = getattr(module, "in_proj_weight", None) is not None
         if packed or isinstance(module, nn.Linear):
             name = "in_proj_weight" if packed else "weight"
             parametrize.register_parametrization(module, name, LoRA(getattr(module, name), rank))
@@ -513,13 +513,11 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(weights, strict=False)
 
 # 3. The learning objectives -----------------------------------------------------------------------
-#
 # An objective says which of these vectors should be closer, and which farther apart. Three ideas:
 #     order in a video        a later frame beats an earlier      triplet, r3m
 #     videos and sentences    the right pair beats wrong ones     liv, r3m, anchored
 #     distance in time        near is near, or steps to a goal    tcn, r3m, vip, liv, anchored
 # All but anchored, ours, are the paper's. Others are in data/objectives/, one a file.
-#
 # Each gets the same batch, B videos of B different tasks and K = 5 frames of each, and returns one
 # number, a scalar tensor:
 #     frames  (B, K, D)   unit vectors of the frames start < now < next = now + 1 < later < end
@@ -604,13 +602,11 @@ def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
     softmax_loss(), cosine(), norm_penalty() and negative_permutations().
     """
     start, s0, _, s1, s2 = frames[:, :5].unbind(1)
-    end, language = frames[:, -1], 0
+    end, language, under = frames[:, -1], 0, lambda frame: cosine(frame, texts) / temperature
     for positive, negative in ((end, start), (s1, s0), (s2, s1)):
         perms = negative_permutations(negatives, len(frames))
         rivals = [negative, *(positive[perm] for perm in perms)]
-        language = language + softmax_loss(
-            cosine(positive, texts) / temperature,
-            [cosine(rival, texts) / temperature for rival in rivals]) / 3
+        language = language + softmax_loss(under(positive), [*map(under, rivals)]) / 3
     has_text = texts.any(dim=-1)  # (B,): in the official batches zeros mean "no sentence"
     tcn = tcn_loss(frames, texts, times, temperature, negatives)
     used = torch.stack([start, s0, s1, s2, end])
@@ -715,7 +711,6 @@ def reads_instruction(loss) -> bool:
     return texts.grad is not None
 
 # 4. The training loop -----------------------------------------------------------------------------
-#
 # A step: draw a batch, embed it, ask the objective for its number, move the weights. The learning
 # rate climbs while AdamW's averages are young, and falls to nothing, so that the last steps settle.
 # torchrun starts WORLD processes, one a GPU, all with the same weights. They draw the same batch,
@@ -833,7 +828,6 @@ def load_checkpoint(path: Path, model, optimizer, config: dict) -> list[dict]:
         return header["log"]
 
 # 5. The evaluation metrics ------------------------------------------------------------------------
-#
 # Does the reward rise while an expert works (VOC)? Does it order frames as the simulator's does
 # (ranking accuracy)? Does it read (paraphrases, retrieval, opposites)? A clock gets .8 in ranking
 # within episodes, as even a failing arm mostly gets closer; at the SAME time of two it gets .5.
@@ -872,43 +866,50 @@ def ranking_accuracy(predicted: np.ndarray, true_reward: np.ndarray, pairs: str 
     return right / worse.sum() if worse.any() else math.nan
 
 def reading_metrics(under: np.ndarray, own: int, opposite: int) -> dict[str, float]:
-    """Does the reward read? under (M + 3, E, T): rewards of experts under M sentences, `own`, its
-    `opposite` (= own: none) among them, and three paraphrases. Uses value_order_correlation()."""
+    """Order and reading. under (M + 3, E, T): rewards of experts under M sentences, `own`, its
+    `opposite` (= own: none) among them, and paraphrases. Uses value_order_correlation()."""
     ends = under[:-3, :, -1]  # (M, E)
     rank = (ends >= ends[own]).sum(0)  # (E,), 1: the own one, alone
     voc = value_order_correlation(under[[own, opposite, -3, -2, -1]]).mean(1)  # (5,)
-    scores = {"voc_paraphrase": voc[2:].mean(),
-              "retrieval_top1": (rank == 1).mean() if len(ends) > 1 else math.nan}
-    return scores | ({"opposite_gap": voc[0] - voc[1]} if own != opposite else {})
+    return {"voc": voc[0], "voc_paraphrase": voc[2:].mean(),
+            "retrieval_top1": (rank == 1).mean() if len(ends) > 1 else math.nan,
+            "opposite_gap": voc[0] - voc[1] if own != opposite else math.nan}  # no rival
 
 @torch.inference_mode()
 def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_reward, extra=()):
     """All metrics on the test episodes: the report of average_over_tasks(), and as "predicted" the
     {number of an episode: its rewards}. Raises InputError."""
-    model.eval()
-    names, tasks, predicted, test = list(sentences), {}, {}, data.select(split="test")
-    texts = model.embed_texts([sentences[name]["instruction"] for name in names]).cpu()  # (M, D)
+    names, tasks = list(sentences), [*dict.fromkeys(data.task[data.split == "test"])][RANK::WORLD]
+    texts = model.eval().embed_texts([sentences[name]["instruction"] for name in names])  # (M, D)
     extra = [model.embed_texts(extra).cpu()] if extra else []  # for a reward that takes it
-    for task in tqdm([*dict.fromkeys(data.task[test])][RANK::WORLD], "evaluating", leave=False):
+
+    @torch.inference_mode()
+    def judge(task):
         episodes, own = data.select(split="test", task=task), names.index(task)
         opposite = names.index(sentences[task].get("opposite") or task)
-        truth, success = data.rewards[episodes], data.success[episodes]
-        expert = data.source[episodes] == "expert"
-        frames = model.embed_frames(data.load(episodes)).cpu()  # (E, T, D)
+        truth, expert = data.rewards[episodes], data.source[episodes] == "expert"
+        frames = model.embed_frames(np.stack([data.frames(e) for e in episodes])).cpu()  # (E, T, D)
         paraphrases = model.embed_texts(sentences[task]["paraphrases"]).cpu()
-        under = np.stack([reward(frames, text, *extra) for text in (*texts, *paraphrases)])
+        under = np.stack([reward(frames, text, *extra) for text in (*texts.cpu(), *paraphrases)])
         if not np.isfinite(under).all():  # (M + 3, E, T)
             raise InputError(f"the reward of {task} is not finite")
-        predicted |= dict(zip(episodes.tolist(), (p := under[own]).tolist()))
-        scores = reading_metrics(under[:, expert], own, opposite) | {
-            "voc": value_order_correlation(p[expert]).mean(),
+        p, scores = under[own], reading_metrics(under[:, expert], own, opposite)
+        scores |= {
             "ranking_accuracy_within": ranking_accuracy(p[~expert], truth[~expert]),
             "ranking_accuracy_same_time": ranking_accuracy(p[~expert], truth[~expert], "same_time"),
             "ranking_accuracy_across": ranking_accuracy(p, truth, "across"),
-            "success_auroc": ranking_accuracy(p[:, -1:], success[:, -1:], "across")}  # of 0 and 1
-        tasks[task] = {metric: score for metric, score in scores.items() if not math.isnan(score)}
+            "success_auroc": ranking_accuracy(p[:, -1:], data.success[episodes, -1:], "across")}
+        return {task: {metric: score for metric, score in scores.items() if not math.isnan(score)}
+                }, dict(zip(episodes.tolist(), p.tolist()))
+
+    # Cores that share one small product of matrices often wait: let each have a task of its own.
+    cores = torch.get_num_threads()
+    workers = {"cpu": min(4, cores), "cuda": 2}.get(texts.device.type, 1)
+    pool = ThreadPoolExecutor(workers, "", torch.set_num_threads, (cores // workers,))
+    with pool, parametrize.cached():  # adapters and weights are added up once
+        found = list(tqdm(pool.map(judge, tasks), "evaluating", len(tasks), leave=False))
     tasks, predicted = (dict(sorted(itertools.chain(*(part.items() for part in parts))))
-                        for parts in zip(*share((tasks, predicted))))
+                        for parts in zip(*itertools.chain(*share(found))))
     return average_over_tasks(tasks) | {"predicted": predicted, "sentences": len(names)}
 
 def average_over_tasks(tasks: dict[str, dict]) -> dict:
@@ -933,8 +934,7 @@ def configuration(args: argparse.Namespace) -> dict:
     """What decides the outcome of a run: options, constants, checksums of the files they name."""
     rate, constants = get_objective(args.objective)["TUNED"]
     config = {name: getattr(args, name) for name in (
-        "objective", "seed", "backbone", "pretrained", "lora", "steps", "batch", "data",
-        "instructions")} | {
+        "objective seed backbone pretrained lora steps batch data instructions").split()} | {
         # The rates are those of adapters. All weights together want smaller steps.
         "learning_rate": args.learning_rate or rate / (1 if args.lora else 4), "sha256": {},
         "constants": {name: values[0] for name, values in constants.items()}}
