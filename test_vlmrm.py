@@ -888,8 +888,9 @@ def test_many_processes_stop_and_go_on(alone):
     assert status == 0 and began_at(error) == ["1/3"], error
     assert printed.count("ranking accuracy within") == 1
     assert kept_in(folder / "triplet-seed0")["tasks"].keys() == {*COLORS}
-    error = torchrun(2, "vlmrm.py", "--batch", 3, cwd=alone)[2]
-    assert error.count("vlmrm: ") == 1 and "2 processes want equal parts" in error
+    for value, why in ((3, "2 processes want equal parts"), ("many", "invalid int value")):
+        error = torchrun(2, "vlmrm.py", "--batch", value, cwd=alone)[2]
+        assert error.count("vlmrm: ") == 1 and why in error
 
 def collect(path, tasks, **options):
     """Collect tasks here, one after the other."""
@@ -1145,6 +1146,20 @@ def test_a_perfect_model_gets_perfect_scores(toy):
     clock = vlmrm.evaluate(Oracle(), data, SENTENCES, PARTS["clock"]["reward"])
     assert clock["predicted"] == {e: [*range(10)] for e in data.select(split="test")}
     assert clock["unseen"]["voc"]["value"] == 2 * clock["seen"][TABLE[2][0]]["value"] == 1
+
+def test_evaluation_shares_out_the_cores_and_gives_them_back(toy, tiny):
+    """One task at a time with one core, three at once with three: the same rewards."""
+    threads, reports = torch.get_num_threads(), []
+    try:
+        for cores in (1, 3):
+            torch.set_num_threads(cores)
+            reports.append(vlmrm.evaluate(tiny, toy, SENTENCES))
+            assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(threads)
+    one, three = (report["predicted"] for report in reports)
+    assert list(one) == list(three) and reports[0]["tasks"].keys() == reports[1]["tasks"].keys()
+    np.testing.assert_allclose(list(three.values()), list(one.values()), atol=1e-5)
 
 # -----------------------------------------------------------------------------
 # A run: its folder, stopping, damage; an objective in a file; --score

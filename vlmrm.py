@@ -129,7 +129,7 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 if __name__ == "__main__":  # --help and typing errors need not wait for torch
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback
-    parse_arguments()
+    RANK or parse_arguments()  # one process is enough to say what is wrong
 
 import imageio.v3 as imageio  # --score's films and pictures
 import numpy as np
