@@ -6,7 +6,7 @@ rise as the task gets done. Two towers map frame and sentence to unit vectors, w
 reward. What that is worth depends on the objective, and objectives are what this file compares, as
 "Revisiting the learning objectives of vision-language reward models" does (arXiv 2512.20675).
 
-  python vlmrm.py --objective triplet              train, test, draw: 30 seconds on two CPU cores
+  python vlmrm.py --objective triplet              train, test, draw: 20 seconds on two CPU cores
   python vlmrm.py --objective all --seeds 3                      compare the paper's five, and ours
   python vlmrm.py --score clip.mp4 --instruction "close the drawer"      use what was trained
   python vlmrm.py --collect --tasks reach-v3 push-v3 --data two.npz      make your own videos
@@ -55,7 +55,7 @@ class InputError(Exception):
     """Something the user can mend: main() prints it as one line and exits with code 2."""
 
 # {name: (its loss in section 3, learning rate, {constant: values})}. The first value was the best
-# of three on left-out seen tasks (data/study.py tune). The authors' are in the loss's signature.
+# of three on tasks kept out for it (data/study.py tune). The authors' are in the loss's signature.
 OBJECTIVES = {
     "triplet": ("triplet_loss", 2e-3, {"margin": (0.1, 0.05, 0.2)}),
     "tcn": ("tcn_loss", 2e-3, {"temperature": (0.1, 0.3, 1.0)}),
@@ -80,10 +80,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora", type=int, default=8, metavar="RANK", help="of adapters; 0: all weights train (8)")
     add("--steps", type=int, default=60, help="optimiser steps (60)")
     add("--batch", type=int, default=40, help="videos per step, 5 frames of each (40)")
-    add("--learning-rate", type=float, help="at its peak (that of the objective)")
+    add("--learning-rate", type=float, help="at its peak (the objective's, a quarter if --lora 0)")
     add("--data", type=Path, default=DATA / "metaworld.npz", help="data set (data/metaworld.npz)")
     add("--instructions", type=Path, default=DATA / "instructions.json", help="its sentences")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(the first)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best")
     add("--runs", type=Path, default=Path("runs"), help="where the folders of runs are (runs)")
     add("--resume", type=Path, metavar="FOLDER", help="go on with a run that was stopped")
     add = parser.add_argument_group("using a run").add_argument
@@ -386,7 +386,7 @@ class Dataset:
 TINY = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 96, "patch_size": 16, "width": 128, "layers": 4, "head_width": 64,
-                   "block_type": "custom"},  # the same attention, but faster backwards
+                   "block_type": "custom"},  # computes nn.MultiheadAttention, its gradient faster
     "text_cfg": {"context_length": 24, "vocab_size": 4096, "width": 128, "heads": 2, "layers": 1},
 }
 
@@ -403,7 +403,7 @@ class RewardModel(nn.Module):
     """A CLIP model, its tokenizer and its normalisation: frames and sentences in, rewards out."""
     def __init__(self, clip: nn.Module, tokenizer, mean=None, std=None):
         super().__init__()
-        self.clip, self.tokenizer, self.low_precision = clip, tokenizer, False
+        self.clip, self.tokenizer, self.low_precision = clip, tokenizer, False  # prepare_model()
         self.size = int(np.max(clip.visual.image_size))
         pixels = lambda norm: 255 * torch.tensor(norm).view(3, 1, 1)  # from 0 to 255, not to 1
         self.register_buffer("mean", pixels(mean or open_clip.OPENAI_DATASET_MEAN))
@@ -420,7 +420,7 @@ class RewardModel(nn.Module):
 
     def embed_frames(self, frames: np.ndarray) -> torch.Tensor:
         """uint8 frames (..., H, W, 3), stretched to the model's size -> (..., D), unit, float32."""
-        features, most = [], 10**9 if torch.is_grad_enabled() else 120  # a film may be too long
+        features, most = [], 10**9 if torch.is_grad_enabled() else 120  # a graph keeps all anyway
         for part in torch.tensor(frames).flatten(0, -4).split(most):
             pixels = part.to(self.mean.device).permute(0, 3, 1, 2).contiguous().float()
             if pixels.shape[2:] != (self.size, self.size):  # (N, 3, H, W)
@@ -480,7 +480,7 @@ def build_backbone(name: str, pretrained: str | None = None) -> RewardModel:
                          "network, --pretrained takes a file") from None
 
 class LoRA(nn.Module):
-    """The weight becomes W + B A; only A and B are trained, B starts at 0. 2106.09685, Hu et al."""
+    """W becomes W + B A; only A, B are trained, B starts at 0. No alpha / r. arXiv 2106.09685."""
     def __init__(self, weight: torch.Tensor, rank: int):
         super().__init__()
         self.A = nn.Parameter(torch.randn(rank, weight.shape[1]) / math.sqrt(weight.shape[1]))
@@ -493,7 +493,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze the model, and put an adapter on every nn.Linear and attention matrix in it."""
     model.requires_grad_(False)
     for module in list(model.modules()):
-        # Attention packs queries, keys and values into one matrix, which is no layer.
+        # Attention packs queries, keys and values into one parameter, which is no nn.Linear.
         packed = getattr(module, "in_proj_weight", None) is not None
         if packed or isinstance(module, nn.Linear):
             name = "in_proj_weight" if packed else "weight"
@@ -505,7 +505,7 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: x.cpu().contiguous() for k, x in model.state_dict().items() if k not in frozen}
 
 def put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """The inverse of trained_weights(). Raises ValueError if they are not this model's."""
+    """The inverse of trained_weights(). Raises ValueError if not this model's, or not finite."""
     if strange := set(weights) ^ set(trained_weights(model)):
         raise ValueError(f"{len(strange)} weights too many or missing, such as {min(strange)}")
     if not all(weight.isfinite().all() for weight in weights.values()):
@@ -524,15 +524,15 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 #     texts   (B, D)      unit vectors of the instructions
 #     times   (B, K)      share of the episode that has passed at each frame, 0 to 1
 #     before              for a loss with this parameter: (frames, texts) of the untrained model
-# In the equations o is a frame, l its instruction, l' that of another video, t the time, V a value,
-# cos(a, b) a cosine, |a - b| a Euclidean distance. VIP and LIV call start, now, next and end o0, o,
+# In the equations o is a frame, l its instruction, t the time, V a value, cos(a, b) a cosine,
+# |a - b| a Euclidean distance. VIP and LIV call start, now, next and end o0, o,
 # o', og (the goal); TCN and R3M call now, later and end s0, s1, s2. CE(M) is the mean over the rows
 # i of -log softmax(M_i)_i; eps = 1e-8 keeps logarithms finite; means are over the batch.
 #
-# The constants in the signatures are the authors' own. With them TCN, R3M, VIP and LIV return,
-# value and gradient, what the authors' code returns (tests, data/golden/). Official batches of R3M
-# and LIV have a sixth frame: hence [:, :5] and [:, -1]. Their code pairs videos by random
-# permutations, now and then a video with itself. We shift the batch, which is in random order.
+# The signatures of TCN, R3M, VIP (but for scale) and LIV have the authors' constants, runs those of
+# OBJECTIVES. With the former they return, value and gradient, what the authors' code returns
+# (tests, data/golden/). Official batches of R3M and LIV have a sixth frame: hence [:, :5], [:, -1].
+# Their code pairs videos by chance, some with themselves. We shift the batch, in random order.
 
 LOG_EPS = math.log(1e-8)  # -18.4
 
@@ -716,10 +716,10 @@ def reads_instruction(loss) -> bool:
 # torchrun starts WORLD processes, one a GPU, all with the same weights. They draw the same batch,
 # and each embeds its own slice. But most losses hold every video against every other: a slice alone
 # has another loss. So they hand their embeddings round, and each computes the loss of the whole
-# batch. Through its own slice it gets the whole gradient of that slice; their sum is that of one.
+# batch. Each has the gradient of its own slice only: their sum is what one process would have.
 
 def gather(own: torch.Tensor) -> torch.Tensor:
-    """All embeddings (B, ...) from one's own (B / WORLD, ...), which alone send a gradient back."""
+    """All embeddings (B, ...); a gradient goes back only to one's own (B / WORLD, ...)."""
     if WORLD > 1:
         parts = [torch.empty_like(own) for _ in range(WORLD)]
         torch.distributed.all_gather(parts, own.detach().contiguous())
@@ -727,14 +727,14 @@ def gather(own: torch.Tensor) -> torch.Tensor:
     return own
 
 def share(content) -> list:
-    """What every process has, by rank. They wait for one another."""
+    """What each process has, by rank. All wait for one another."""
     everyone = [content] * WORLD
     if WORLD > 1:
         torch.distributed.all_gather_object(everyone, content)
     return everyone
 
 def training_episodes(data: Dataset, batch: int) -> dict[str, np.ndarray]:
-    """The episodes to train on, {task: indices}. Raises InputError if a batch needs more tasks."""
+    """The episodes to train on, {task: indices}. Raises InputError if the batch does not fit."""
     tasks = np.unique(data.task[data.select(split="train", source="expert")])
     tasks = [task for task in tasks if group_of(task) == "seen"]
     if batch > len(tasks) or batch % WORLD:
@@ -759,7 +759,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
           labels: str = "times", saved: Path | None = None) -> list[dict]:
     """Train the model in place, by seed, steps, batch and learning_rate of config: the same bits on
     the same CPU and number of threads. labels="rewards" hands those to the loss as times. saved: a
-    file to save to ten times, and to go on from. Returns the log."""
+    file to save to some ten times, and to go on from. Returns the log."""
     rng, steps, batch = np.random.default_rng(config["seed"]), config["steps"], config["batch"]
     episodes = training_episodes(data, batch)
     videos = {e: video for some in episodes.values() for e, video in zip(some, data.load(some))}
@@ -777,7 +777,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
         said = [sentences[data.task[episode_ids[i]]]["instruction"] for i in own]
         times = (data.rewards[episode_ids[:, None], frame_ids] if labels == "rewards"
                  else frame_ids / (data.T - 1))
-        embed = lambda tower: (gather(tower.embed_frames(pixels)), gather(tower.embed_texts(said)))
+        embed = lambda some: (gather(some.embed_frames(pixels)), gather(some.embed_texts(said)))
         frames, texts = embed(model)  # (B, 5, D), (B, D)
         with torch.no_grad():
             extra = {"before": embed(untrained)} if untrained else {}
@@ -796,7 +796,7 @@ def train(model: RewardModel, data: Dataset, sentences: dict, loss_function, con
         optimizer.param_groups[0]["lr"] = config["learning_rate"] * min(  # a line up, a cosine down
             step / max(1, steps // 10), 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
         optimizer.step()
-        with torch.no_grad():  # how many of the neighbours in time this batch had in order
+        with torch.no_grad():  # the share of neighbours in time that this batch had in order
             ordered = (cosine(frames, texts[:, None]).diff(dim=1) > 0).float().mean().item()
         log.append({"step": step, "loss": loss.item(), "ordered": ordered})
         bar.set_postfix(loss=f"{loss.item():.3f}", ordered=f"{ordered:.2f}", refresh=False)
@@ -839,7 +839,7 @@ METRICS = {  # name in metrics.json: (what it is, the value of a reward that kno
     "ranking_accuracy_within": ("ranking accuracy within episodes", 0.5),
     "ranking_accuracy_same_time": ("ranking accuracy at the same time", 0.5),
     "ranking_accuracy_across": ("ranking accuracy across episodes", 0.5),
-    "success_auroc": ("success beats failure (AUROC)", 0.5),
+    "success_auroc": ("success beats failure (AUROC)", 0.5),  # flags are its rewards
     "retrieval_top1": ("the end prefers its own text", 0.02),  # of 50
     "opposite_gap": ("VOC minus VOC of the opposite", 0.0),
 }
@@ -866,24 +866,24 @@ def ranking_accuracy(predicted: np.ndarray, true_reward: np.ndarray, pairs: str 
     return right / worse.sum() if worse.any() else math.nan
 
 def reading_metrics(under: np.ndarray, own: int, opposite: int) -> dict[str, float]:
-    """Order and reading. under (M + 3, E, T): rewards of experts under M sentences, `own`, its
-    `opposite` (= own: none) among them, and paraphrases. Uses value_order_correlation()."""
+    """Order and reading. under (M + 3, E, T): experts' rewards under M instructions (`own` and
+    `opposite` are rows, the same if it has none), 3 paraphrases. Uses value_order_correlation()."""
     ends = under[:-3, :, -1]  # (M, E)
     rank = (ends >= ends[own]).sum(0)  # (E,), 1: the own one, alone
     voc = value_order_correlation(under[[own, opposite, -3, -2, -1]]).mean(1)  # (5,)
     return {"voc": voc[0], "voc_paraphrase": voc[2:].mean(),
             "retrieval_top1": (rank == 1).mean() if len(ends) > 1 else math.nan,
-            "opposite_gap": voc[0] - voc[1] if own != opposite else math.nan}  # no rival
+            "opposite_gap": voc[0] - voc[1] if own != opposite else math.nan}  # NaN: no rival
 
 @torch.inference_mode()
 def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_reward, extra=()):
-    """All metrics on the test episodes: the report of average_over_tasks(), and as "predicted" the
-    {number of an episode: its rewards}. Raises InputError."""
+    """All metrics on the test episodes: average_over_tasks(), "predicted" {an episode's number: its
+    rewards}, "sentences" M. extra: texts that reward() wants embedded. Raises InputError."""
     names, tasks = list(sentences), [*dict.fromkeys(data.task[data.split == "test"])][RANK::WORLD]
     texts = model.eval().embed_texts([sentences[name]["instruction"] for name in names])  # (M, D)
     extra = [model.embed_texts(extra).cpu()] if extra else []  # for a reward that takes it
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # again: it holds for one thread
     def judge(task):
         episodes, own = data.select(split="test", task=task), names.index(task)
         opposite = names.index(sentences[task].get("opposite") or task)
@@ -891,7 +891,7 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
         frames = model.embed_frames(np.stack([data.frames(e) for e in episodes])).cpu()  # (E, T, D)
         paraphrases = model.embed_texts(sentences[task]["paraphrases"]).cpu()
         under = np.stack([reward(frames, text, *extra) for text in (*texts.cpu(), *paraphrases)])
-        if not np.isfinite(under).all():  # (M + 3, E, T)
+        if not np.isfinite(under).all():  # under is (M + 3, E, T)
             raise InputError(f"the reward of {task} is not finite")
         p, scores = under[own], reading_metrics(under[:, expert], own, opposite)
         scores |= {
@@ -899,18 +899,18 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
             "ranking_accuracy_same_time": ranking_accuracy(p[~expert], truth[~expert], "same_time"),
             "ranking_accuracy_across": ranking_accuracy(p, truth, "across"),
             "success_auroc": ranking_accuracy(p[:, -1:], data.success[episodes, -1:], "across")}
-        return {task: {metric: score for metric, score in scores.items() if not math.isnan(score)}
-                }, dict(zip(episodes.tolist(), p.tolist()))
+        scores = {metric: score for metric, score in scores.items() if not math.isnan(score)}
+        return {task: scores}, dict(zip(episodes.tolist(), p.tolist()))
 
-    # Cores that share one small product of matrices often wait: let each have a task of its own.
+    # Cores that share one small product often wait: judge tasks side by side, a few cores each.
     cores = torch.get_num_threads()
-    workers = {"cpu": min(4, cores), "cuda": 2}.get(texts.device.type, 1)
+    workers = {"cpu": min(4, cores), "cuda": 2}.get(texts.device.type, 1)  # cuda: one unpacks
     pool = ThreadPoolExecutor(workers, "", torch.set_num_threads, (cores // workers,))
-    with pool, parametrize.cached():  # adapters and weights are added up once
+    with pool, parametrize.cached():  # W + B A once, not for every part
         found = list(tqdm(pool.map(judge, tasks), "evaluating", len(tasks), leave=False))
-    tasks, predicted = (dict(sorted(itertools.chain(*(part.items() for part in parts))))
-                        for parts in zip(*itertools.chain(*share(found))))
-    return average_over_tasks(tasks) | {"predicted": predicted, "sentences": len(names)}
+    scored, predicted = (dict(sorted(itertools.chain(*(part.items() for part in parts))))
+                         for parts in zip(*itertools.chain(*share(found))))
+    return average_over_tasks(scored) | {"predicted": predicted, "sentences": len(names)}
 
 def average_over_tasks(tasks: dict[str, dict]) -> dict:
     """{"seen", "unseen": {metric: {value, tasks, interval}}, "tasks"} of {task: {metric: score}}.
@@ -1029,7 +1029,7 @@ def run_all(args: argparse.Namespace) -> None:
             report = run(config, folder, args.device)
         finally:
             if not RANK and {*os.listdir(folder)} <= {"config.json", "config.json.unfinished"}:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)  # nothing was begun
         rows.setdefault(config["objective"], []).append(report)
     if len(configs) > 1:
         return compare(rows, args.runs)
@@ -1081,7 +1081,7 @@ def draw_videos(videos: list[tuple], path: Path) -> None:
     write_whole(path, figure)
 
 def draw_curves(report: dict, data: Dataset, sentences: dict, path: Path) -> None:
-    """An expert and a failure of a seen and an unseen task each, chosen by the data alone."""
+    """An expert, and a failure that shows movement, of a seen and an unseen task each."""
     videos, moved = [], np.ptp(data.rewards, axis=1)
     failed = (data.source == "mixed") & ~data.success.any(1) & ((moved > 1) | (moved == 0))
     for (kind, fits), group in itertools.product(

@@ -538,8 +538,8 @@ def main() -> None:
     args = parse_arguments()
     try:
         {"collect": collect, "train": train}[args.mode](args)
-    except vlmrm.InputError as problem:
-        print(f"scenes: {problem}", file=sys.stderr)
+    except (vlmrm.InputError, OSError, KeyboardInterrupt) as problem:
+        print("\nscenes:", str(problem) or "stopped; the same command goes on", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":
