@@ -398,10 +398,12 @@ def draw_policies(found: dict, path: Path) -> None:
         "voc", SAME, "success_auroc")), FINDS) if text in metrics]
     for axis, text in zip(figure.subplots(2, 2).ravel(), shown):
         axis.plot(metrics[text], success, "o", color=SEEN)
-        for row, *place in zip(found["metrics"], metrics[text], success):
-            right = place[0] > np.mean([max(metrics[text]), min(metrics[text])])
-            axis.annotate(row, place, xytext=(-6 if right else 6, -3), textcoords="offset points",
-                          fontsize=8, ha="right" if right else "left")
+        height = 0.0
+        for *place, row in sorted(zip(success, metrics[text], found["metrics"])):
+            height = max(place[0], height + 0.017)  # no name lies on another
+            axis.annotate(row, place[::-1], xytext=(1.02, height), fontsize=8, va="center",
+                          textcoords=("axes fraction", "data"), arrowprops={
+                              "arrowstyle": "-", "color": "0.8", "lw": 0.6, "relpos": (0, 0.5)})
         for row in set(outcomes(found)) - set(found["metrics"]):  # no model's weights
             level = outcomes(found)[row][..., 0].mean()
             axis.axhline(level, color="0.7", ls=":")
