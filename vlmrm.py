@@ -684,7 +684,7 @@ def anchored_loss(frames, texts, times, before, scale: float = 5.0, keep: float 
 
 def cosine_reward(frames: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """The reward under test, of unit vectors: frames (E, T, D), text (D,) -> (E, T)."""
-    return torch.einsum("etd,ed->et", frames, text.expand(len(frames), -1))
+    return frames @ text
 
 def get_objective(name: str) -> dict:
     """What a name in OBJECTIVES, or a Python file, defines: loss(frames, texts, times) and/or
