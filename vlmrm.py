@@ -6,7 +6,7 @@ rise as the task gets done. Two towers map frame and sentence to unit vectors, w
 reward. What that is worth depends on the objective, and objectives are what this file compares, as
 "Revisiting the learning objectives of vision-language reward models" does (arXiv 2512.20675).
 
-  python vlmrm.py --objective triplet              train, test, draw: 20 seconds on two CPU cores
+  python vlmrm.py --objective triplet              train, test, draw: 22 seconds on two CPU cores
   python vlmrm.py --objective all --seeds 3                      compare the paper's five, and ours
   python vlmrm.py --score clip.mp4 --instruction "close the drawer"      use what was trained
   python vlmrm.py --collect --tasks reach-v3 push-v3 --data two.npz      make your own videos
@@ -385,8 +385,7 @@ class Dataset:
 
 TINY = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 96, "patch_size": 16, "width": 128, "layers": 4, "head_width": 64,
-                   "block_type": "custom"},  # computes nn.MultiheadAttention, its gradient faster
+    "vision_cfg": {"image_size": 96, "patch_size": 16, "width": 128, "layers": 4, "head_width": 64},
     "text_cfg": {"context_length": 24, "vocab_size": 4096, "width": 128, "heads": 2, "layers": 1},
 }
 
@@ -493,8 +492,8 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze the model, and put an adapter on every nn.Linear and attention matrix in it."""
     model.requires_grad_(False)
     for module in list(model.modules()):
-        # Attention packs queries, keys and values into one parameter, which is no nn.Linear.
-        packed = getattr(module, "in_proj_weight", None) is not None
+        # MultiheadAttention packs queries, keys and values into one matrix, which is no nn.Linear.
+        packed = isinstance(module, nn.MultiheadAttention)
         if packed or isinstance(module, nn.Linear):
             name = "in_proj_weight" if packed else "weight"
             parametrize.register_parametrization(module, name, LoRA(getattr(module, name), rank))
@@ -1020,9 +1019,10 @@ def run(config: dict, folder: Path, device: str = "auto") -> dict:
 def run_all(args: argparse.Namespace) -> None:
     """Every objective asked for, with every seed; then the table of the one run, or of all."""
     names = [name for some in args.objective for name in (OBJECTIVES if some == "all" else [some])]
-    configs, rows = [read_json(args.resume / "config.json")] if args.resume else [
+    configs = [read_json(args.resume / "config.json")] if args.resume else [
         configuration(argparse.Namespace(**vars(args) | {"objective": name, "seed": seed}))
-        for name in dict.fromkeys(names) for seed in range(args.seed, args.seed + args.seeds)], {}
+        for name in dict.fromkeys(names) for seed in range(args.seed, args.seed + args.seeds)]
+    rows = {}
     for config in configs:
         folder = args.resume or share(None if RANK else folder_for(config, args.runs))[0]
         try:
