@@ -524,9 +524,9 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 #     times   (B, K)      share of the episode that has passed at each frame, 0 to 1
 #     before              for a loss with this parameter: (frames, texts) of the untrained model
 # In the equations o is a frame, l its instruction, t the time, V a value, cos(a, b) a cosine,
-# |a - b| a Euclidean distance. VIP and LIV call start, now, next and end o0, o,
-# o', og (the goal); TCN and R3M call now, later and end s0, s1, s2. CE(M) is the mean over the rows
-# i of -log softmax(M_i)_i; eps = 1e-8 keeps logarithms finite; means are over the batch.
+# |a - b| a Euclidean distance. VIP and LIV call start, now, next and end o0, o, o', og (the goal);
+# TCN and R3M call now, later and end s0, s1, s2. CE(M) is the mean over the rows i of
+# -log softmax(M_i)_i; eps = 1e-8 keeps logarithms finite; means are over the batch.
 #
 # The signatures of TCN, R3M, VIP (but for scale) and LIV have the authors' constants, runs those of
 # OBJECTIVES. With the former they return, value and gradient, what the authors' code returns
