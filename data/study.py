@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE.parent))
 
 import vlmrm  # before torch: see there
@@ -53,14 +54,14 @@ def trains(objective: str) -> bool:
 # Its linear map starts from random weights: there is nothing to adapt.
 THUMBNAIL = {"backbone": "thumbnail", "objective": "triplet", "lora": 0}
 
-def study(args: argparse.Namespace, results: Path) -> None:
+def study(args: argparse.Namespace) -> None:
     """Compare all objectives over several seeds, and the controls."""
     gather([(name, way, {"objective": objective}) for way in WAYS
-            for name, objective in all_objectives().items()] + controls(args), args, results)
+            for name, objective in all_objectives().items()] + controls(args), args)
 
-def starts(args: argparse.Namespace, results: Path) -> None:
+def starts(args: argparse.Namespace) -> None:
     """The controls alone. Other rows of results.json stay."""
-    gather(controls(args), args, results)
+    gather(controls(args), args)
 
 def controls(args: argparse.Namespace) -> list[tuple]:
     """Triplet on thumbnails and from other starts: (row of the table, way, changed options)."""
@@ -76,7 +77,7 @@ def other_starts(args: argparse.Namespace) -> dict[str, str]:
     return {"start on 40 sentences": str(warm / "model.safetensors"), "random weights": "none"} | (
         {"strict start": str(path)} if (path := HERE / "strict.safetensors").exists() else {})
 
-def gather(jobs: list[tuple], args: argparse.Namespace, results: Path) -> None:
+def gather(jobs: list[tuple], args: argparse.Namespace) -> None:
     """Do these jobs, of controls(), with all seeds, and write results.json; of the first seed and
     way rewards.npz, and reading.json: what is between start and end. Rows of other jobs stay."""
     def rounded(content):  # but not a configuration: rates are small
@@ -87,11 +88,11 @@ def gather(jobs: list[tuple], args: argparse.Namespace, results: Path) -> None:
             # Without training all seeds and ways are alike.
             if trains(changes["objective"]) or (seed, way) == (args.seed, FIRST)]
     entries, rewards, reading, data = [], {}, {"door": {}, "between": {}}, vlmrm.Dataset(args.data)
-    if (results / "results.json").exists():
-        entries = [entry for entry in json.loads((results / "results.json").read_text())
+    if (RESULTS / "results.json").exists():
+        entries = [entry for entry in json.loads((RESULTS / "results.json").read_text())
                    if entry["row"] not in {row for row, _, _ in jobs}]
-        rewards = dict(np.load(results / "rewards.npz"))
-        reading = vlmrm.read_json(results / "reading.json")
+        rewards = dict(np.load(RESULTS / "rewards.npz"))
+        reading = vlmrm.read_json(RESULTS / "reading.json")
     for row, way, folder, metrics in runs:
         config = vlmrm.read_json(folder / "config.json")
         add_metrics(metrics, folder, config, data)
@@ -107,10 +108,10 @@ def gather(jobs: list[tuple], args: argparse.Namespace, results: Path) -> None:
                 reading["between"][row] = between(config, folder, data, args)
         if config["seed"] == args.seed and row in ("zeroshot", "triplet"):
             reading["door"][f"{row}, {way}"] = read_door(folder, data, args)
-    vlmrm.write_whole(results / "results.json", (
+    vlmrm.write_whole(RESULTS / "results.json", (
         "[" + ",\n".join(json.dumps(entry) for entry in entries) + "]\n").encode())
-    vlmrm.write_whole(results / "reading.json", rounded(reading))
-    np.savez_compressed(results / "rewards.npz", **rewards)
+    vlmrm.write_whole(RESULTS / "reading.json", rounded(reading))
+    np.savez_compressed(RESULTS / "rewards.npz", **rewards)
 
 def reduced(config: dict) -> dict:
     """What of a run's configuration is the same on every machine: no paths, no versions."""
@@ -242,10 +243,10 @@ def judge(model, data, sentences: dict, tasks: tuple, by_goal: bool = False) -> 
         scores.append(both[0] if by_goal else np.nanmean(both))
     return float(np.mean(scores))
 
-def tune(args: argparse.Namespace, results: Path) -> None:
+def tune(args: argparse.Namespace) -> None:
     """Three values of one constant of each objective at the first of RATES, the best of them at the
     second, in both ways."""
-    path, tasks, split = results / "tuning.json", left_out(), vlmrm.UNSEEN_TASKS
+    path, tasks, split = RESULTS / "tuning.json", left_out(), vlmrm.UNSEEN_TASKS
     sentences = vlmrm.load_instructions(args.instructions)
     vlmrm.UNSEEN_TASKS += tasks
     split_anew(vlmrm.Dataset(args.data), args.runs)
@@ -255,7 +256,7 @@ def tune(args: argparse.Namespace, results: Path) -> None:
     settings = reduced(base)
     found = vlmrm.read_json(path) if path.exists() else {"settings": settings}
     if found["settings"] != settings:
-        raise vlmrm.InputError(f"{path} was made with other settings: choose other --results")
+        raise vlmrm.InputError(f"{path} was made with other settings: move it away")
 
     def validate(name: str, parts: dict, way: str, constant: str, rate: float, value: float):
         key = f"{way}, learning rate {rate:g}, {constant} {value:g}"
@@ -283,7 +284,7 @@ def tune(args: argparse.Namespace, results: Path) -> None:
 
 def tuned(objective: str, way: str) -> dict:
     """The rate and constant that tune() found best, if it had to choose them."""
-    found = vlmrm.read_json(HERE / "results" / "tuning.json").get(Path(objective).stem)
+    found = vlmrm.read_json(RESULTS / "tuning.json").get(Path(objective).stem)
     if not found:
         return {}
     scores = {key: score for key, score in found.items() if key.startswith(way)}
@@ -297,7 +298,7 @@ def tuned(objective: str, way: str) -> dict:
 # all: it has seen no task. Every objective has one run a fold, with constants that left-out tasks
 # of fold 0's forty chose: some tasks unseen in the others had a say in them.
 
-def folds(args: argparse.Namespace, results: Path) -> None:
+def folds(args: argparse.Namespace) -> None:
     """Write folds.json: {row: [of each fold {unseen task: {metric: score}}]}."""
     shipped, split, found = vlmrm.Dataset(args.data), vlmrm.UNSEEN_TASKS, {}
     others = sorted(set(vlmrm.load_instructions(args.instructions)) - set(split))
@@ -317,7 +318,7 @@ def folds(args: argparse.Namespace, results: Path) -> None:
                 task: {metric: round(scores[metric], 4) for metric in (*ORDER, "opposite_gap")
                        if metric in scores}
                 for task, scores in metrics["tasks"].items() if vlmrm.group_of(task) == "unseen"})
-    vlmrm.write_whole(results / "folds.json", found)
+    vlmrm.write_whole(RESULTS / "folds.json", found)
 
 def split_anew(shipped, folder: Path) -> None:
     """Write metaworld.npz: the shipped episodes with the splits of the present UNSEEN_TASKS."""
@@ -332,15 +333,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("tune", "study", "starts", "folds"))
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="(data/results)")
     own, rest = parser.parse_known_args()
-    own.results.mkdir(parents=True, exist_ok=True)
     args = vlmrm.parse_arguments([
         "--objective", "all", "--seeds", "3", "--runs",
         "runs/study" if own.part == "starts" else f"runs/{own.part}", *rest])
     try:
-        {"tune": tune, "study": study, "starts": starts, "folds": folds}[own.part](
-            args, own.results)
+        {"tune": tune, "study": study, "starts": starts, "folds": folds}[own.part](args)
     except vlmrm.InputError as problem:
         sys.exit(f"study: {problem}")
     except KeyboardInterrupt:
