@@ -1073,7 +1073,8 @@ def test_training_learns_and_beats_the_untrained_model(toy, tiny):
     before = vlmrm.evaluate(tiny, toy, SENTENCES)["seen"]
     after = vlmrm.evaluate(trained, toy, SENTENCES)["seen"]
     assert after["voc"]["value"] > 0.8 > before["voc"]["value"] + 0.2
-    assert after["ranking_accuracy_within"]["value"] > 0.55  # by chance .5, untrained .48 to .61
+    assert after["ranking_accuracy_within"]["value"] > before["ranking_accuracy_within"]["value"]
+    assert after["ranking_accuracy_within"]["value"] > 0.55  # by chance .5
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_objective_trains_with_the_constants_that_left_out_tasks_chose(toy, name):

@@ -881,6 +881,7 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
     names, tasks = list(sentences), [*dict.fromkeys(data.task[data.split == "test"])][RANK::WORLD]
     texts = model.eval().embed_texts([sentences[name]["instruction"] for name in names])  # (M, D)
     extra = [model.embed_texts(extra).cpu()] if extra else []  # for a reward that takes it
+    device, cores, texts = texts.device.type, torch.get_num_threads(), texts.cpu()
 
     @torch.inference_mode()  # again: it holds for one thread
     def judge(task):
@@ -889,7 +890,7 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
         truth, expert = data.rewards[episodes], data.source[episodes] == "expert"
         frames = model.embed_frames(np.stack([data.frames(e) for e in episodes])).cpu()  # (E, T, D)
         paraphrases = model.embed_texts(sentences[task]["paraphrases"]).cpu()
-        under = np.stack([reward(frames, text, *extra) for text in (*texts.cpu(), *paraphrases)])
+        under = np.stack([reward(frames, text, *extra) for text in (*texts, *paraphrases)])
         if not np.isfinite(under).all():  # under is (M + 3, E, T)
             raise InputError(f"the reward of {task} is not finite")
         p, scores = under[own], reading_metrics(under[:, expert], own, opposite)
@@ -902,8 +903,7 @@ def evaluate(model: RewardModel, data: Dataset, sentences: dict, reward=cosine_r
         return {task: scores}, dict(zip(episodes.tolist(), p.tolist()))
 
     # Cores that share one small product often wait: judge tasks side by side, a few cores each.
-    cores = torch.get_num_threads()
-    workers = {"cpu": min(4, cores), "cuda": 2}.get(texts.device.type, 1)  # cuda: one unpacks
+    workers = {"cpu": min(4, cores), "cuda": 2}.get(device, 1)  # cuda: one unpacks
     pool = ThreadPoolExecutor(workers, "", torch.set_num_threads, (cores // workers,))
     with pool, parametrize.cached():  # W + B A once, not for every part
         found = list(tqdm(pool.map(judge, tasks), "evaluating", len(tasks), leave=False))

@@ -190,13 +190,13 @@ def reach(rounds: int, aim: float = 0.9) -> list[float]:
 
         def loss(*batch):
             nonlocal began
-            stopped = time.perf_counter()
             if next(steps) % 5 == 0:
+                stopped = time.perf_counter()
                 report = vlmrm.evaluate(model, held_out, sentences)["seen"]
                 if report["voc"]["value"] >= aim:
                     raise StopIteration(stopped - began)
-            model.train()
-            began += time.perf_counter() - stopped
+                model.train()
+                began += time.perf_counter() - stopped
             return vlmrm.triplet_loss(*batch)
 
         try:

@@ -298,17 +298,15 @@ def believe_table(found: dict) -> str:
 
 def tables(root: Path) -> dict[str, str]:
     """All tables, by the names of the marks they stand between."""
-    runs = load(root)
-    found = {name: table(runs) for name, table in {
-        "short": short_table, "comparison": comparison_table, "reading": reading_table,
-        "more": more_table, "metrics": metrics_table}.items()}
-    found["gpu"] = gpu_table(vlmrm.read_json(root / "benchmark.json")["gpu"])
-    found["ours"] = folds_table(vlmrm.read_json(root / "folds.json"), "anchored, all weights")
-    return found | {name: table(vlmrm.read_json(root / f"{name}.json")) for name, table in {
-        "folds": folds_table, "hunt": hunt_table, "benchmark": benchmark_table,
-        "policy": policy_table}.items()} | {
-        "seconds": seconds_table(vlmrm.read_json(root / "benchmark.json")),
-        "believe": believe_table(vlmrm.read_json(root / "policy.json"))}
+    runs, (folds, hunt, benchmark, policy) = load(root), (vlmrm.read_json(
+        root / f"{name}.json") for name in ("folds", "hunt", "benchmark", "policy"))
+    return {
+        "short": short_table(runs), "comparison": comparison_table(runs),
+        "reading": reading_table(runs), "more": more_table(runs), "metrics": metrics_table(runs),
+        "folds": folds_table(folds), "ours": folds_table(folds, "anchored, all weights"),
+        "hunt": hunt_table(hunt), "benchmark": benchmark_table(benchmark),
+        "seconds": seconds_table(benchmark), "gpu": gpu_table(benchmark["gpu"]),
+        "policy": policy_table(policy), "believe": believe_table(policy)}
 
 def fill(page: str, root: Path) -> str:
     """A page with the tables between <!-- name --> and <!-- end of name --> made anew."""

@@ -12,6 +12,7 @@ tune also obeys --objective). The same command goes on with what was stopped.
 import argparse
 import copy
 import functools
+import io
 import itertools
 import json
 import math
@@ -249,8 +250,7 @@ def tune(args: argparse.Namespace) -> None:
     path, tasks, split = RESULTS / "tuning.json", left_out(), vlmrm.UNSEEN_TASKS
     sentences = vlmrm.load_instructions(args.instructions)
     vlmrm.UNSEEN_TASKS += tasks
-    split_anew(vlmrm.Dataset(args.data), args.runs)
-    data = vlmrm.Dataset(args.runs / "metaworld.npz")
+    data = vlmrm.Dataset(split_anew(vlmrm.Dataset(args.data), args.runs / "metaworld.npz"))
     base = vlmrm.configuration(argparse.Namespace(**vars(args) | {"objective": "zeroshot"}))
     base["batch"] = min(args.batch, 50 - len(vlmrm.UNSEEN_TASKS))
     settings = reduced(base)
@@ -306,8 +306,7 @@ def folds(args: argparse.Namespace) -> None:
         job = argparse.Namespace(**vars(args) | {"runs": args.runs / f"fold{fold}"})
         if fold:
             vlmrm.UNSEEN_TASKS = tuple(others[fold - 1::4])
-            split_anew(shipped, job.runs)
-            job.data = job.runs / "metaworld.npz"
+            job.data = split_anew(shipped, job.runs / "metaworld.npz")
         rows = {name: finish(job, objective=objective)[1]
                 for name, objective in all_objectives().items()}
         rows["thumbnail"] = finish(job, **THUMBNAIL)[1]
@@ -320,14 +319,15 @@ def folds(args: argparse.Namespace) -> None:
                 for task, scores in metrics["tasks"].items() if vlmrm.group_of(task) == "unseen"})
     vlmrm.write_whole(RESULTS / "folds.json", found)
 
-def split_anew(shipped, folder: Path) -> None:
-    """Write metaworld.npz: the shipped episodes with the splits of the present UNSEEN_TASKS."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "unfinished.npz", **dict(np.load(shipped.path)) | {"split": np.array([
+def split_anew(shipped, path: Path) -> Path:
+    """Write the shipped episodes with the splits of the present UNSEEN_TASKS. Returns the path."""
+    np.savez(file := io.BytesIO(), **dict(np.load(shipped.path)) | {"split": np.array([
         episode["split"] for task in dict.fromkeys(shipped.task)
         for episode in vlmrm.assign_splits([
             {"task": task, "source": shipped.source[e]} for e in shipped.select(task=task)])])})
-    (folder / "unfinished.npz").replace(folder / "metaworld.npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vlmrm.write_whole(path, file.getvalue())
+    return path
 
 def main() -> None:
     parser = argparse.ArgumentParser(
