@@ -9,9 +9,10 @@ allows both). Uses vlmrm.cosine() and vlmrm.info_nce().
 """
 import vlmrm
 
-TUNED = (2e-3, {"scale": (10.0, 3.0, 100.0)})
+TUNED = (2e-3, {"scale": 10.0})
 
 def loss(frames, texts, times, scale: float = 100.0):
     rewards = vlmrm.cosine(frames[:, None], texts[:, None])  # (B videos, B texts, K)
     half = frames.shape[1] // 2
-    return vlmrm.info_nce(scale * (rewards[..., -half:].sum(-1) - rewards[..., :half].sum(-1)))
+    gained = rewards[..., -half:].sum(-1) - rewards[..., :half].sum(-1)
+    return vlmrm.info_nce(scale * gained)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 import vlmrm
 
-TUNED = (2e-3, {"scale": (3.0, 10.0, 100.0)})
+TUNED = (2e-3, {"scale": 3.0})
 
 def loss(frames, texts, times, scale: float = 100.0):
     half = frames.shape[1] // 2
     steps = torch.cat([frames[:, :half], frames[:, -half:]], dim=1).diff(dim=1)  # (B, 3, D)
-    directions = steps / (torch.linalg.vector_norm(steps, dim=-1, keepdim=True) + 1e-6)
-    return vlmrm.info_nce(scale * directions.sum(1) @ F.normalize(texts, dim=-1).T)
+    lengths = torch.linalg.vector_norm(steps, dim=-1, keepdim=True)
+    directions = (steps / (lengths + 1e-6)).sum(1)  # (B, D)
+    return vlmrm.info_nce(scale * directions @ F.normalize(texts, dim=-1).T)

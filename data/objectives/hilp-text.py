@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-TUNED = (5e-4, {"scale": (5.0, 1.0, 20.0)})
+TUNED = (5e-4, {"scale": 5.0})
 hilp_loss = runpy.run_path(str(Path(__file__).with_name("hilp.py")))["loss"]
 
 def loss(frames, texts, times, scale: float = 1.0):

@@ -13,7 +13,8 @@ import torch
 
 import vlmrm
 
-TUNED = (2e-3, {"scale": (5.0, 1.0, 20.0)})
+TUNED = (2e-3, {"scale": 5.0})
+COSINE = False  # it reads no sentence
 
 def expectile_loss(value, target, next_target, success, gamma: float, expectile: float):
     """The core: V(o; g) moves to -1 + gamma V(o'; g), faster up than down. An expectile near 1 is
@@ -25,20 +26,22 @@ def expectile_loss(value, target, next_target, success, gamma: float, expectile:
     value, target, next_target (n, B): V_i(o; g) of n networks, and V_i(o; g), V_i(o'; g) without
     gradient. success (B,): 1 where o is the goal.
     """
-    rewards, goes_on = success - 1, gamma * (1 - success)
+    rewards = success - 1
+    goes_on = gamma * (1 - success)
     advantage = rewards + goes_on * next_target.min(0).values - target.mean(0)  # (B,)
     weight = torch.where(advantage >= 0, expectile, 1 - expectile)
-    return (weight * (rewards + goes_on * next_target - value) ** 2).mean(-1).sum()
+    error = rewards + goes_on * next_target - value  # (n, B)
+    return (weight * error**2).mean(-1).sum()
 
 def loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.99, expectile: float = 0.95):
     _, now, next_, later, end = frames.unbind(1)
-    goals = torch.stack([  # (4, B, D)
-        next_, later, end, *end[vlmrm.negative_permutations(1, len(frames))]])
+    others = end[vlmrm.negative_permutations(1, len(frames))]  # (1, B, D); (0, B, D) if B = 1
+    goals = torch.cat([torch.stack([next_, later, end]), others])  # (4, B, D)
 
     def value(state):
         squared = (state - goals).square().sum(-1).clamp(min=1e-6)
         return -scale * squared.sqrt().flatten()[None]  # (1, 4 B): one network
 
     v = value(now)
-    return expectile_loss(v, v.detach(), value(next_).detach(), torch.zeros_like(v[0]),
-                          gamma, expectile)
+    never = torch.zeros_like(v[0])  # now is no goal
+    return expectile_loss(v, v.detach(), value(next_).detach(), never, gamma, expectile)

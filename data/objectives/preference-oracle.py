@@ -9,6 +9,6 @@ Source: RL-VLM-F, Wang et al., 2402.03681, where a VLM is the judge. Uses the lo
 import runpy
 from pathlib import Path
 
-TUNED = (2e-3, {"scale": (20.0, 1.0, 100.0)})
+TUNED = (2e-3, {"scale": 20.0})
 LABELS = "rewards"
 loss = runpy.run_path(str(Path(__file__).with_name("preference.py")))["loss"]

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 import vlmrm
 
-TUNED = (2e-3, {"scale": (5.0, 10.0, 20.0)})
+TUNED = (2e-3, {"scale": 5.0})
 
 def loss(frames, texts, times, scale: float = 10.0):
-    frames = torch.cat([frames, frames[:, :-1].flip(1)], dim=1)[:, 1:]  # (B, 2 K - 2, D)
+    rewound = frames[:, :-1].flip(1)
+    frames = torch.cat([frames, rewound], dim=1)[:, 1:]  # (B, 2 K - 2, D)
     times = torch.cat([times, times[:, :-1].flip(1)], dim=1)[:, 1:]
     wrong = texts[vlmrm.negative_permutations(1, len(texts))]  # (1, B, D); (0, B, D) if B = 1
     sentences = torch.cat([texts[None], wrong])  # (2, B, D)

@@ -10,7 +10,7 @@ import torch
 
 import vlmrm
 
-TUNED = (2e-3, {"temperature": (0.1, 0.03, 1.0)})
+TUNED = (2e-3, {"temperature": 0.1})
 
 def loss(frames, texts, times, temperature: float = 1.0):
     frames = torch.cat([frames[:, :-1], texts[:, None]], dim=1)

@@ -10,7 +10,7 @@ import torch
 
 import vlmrm
 
-TUNED = (2e-3, {"scale": (5.0, 1.0, 20.0)})
+TUNED = (2e-3, {"scale": 5.0})
 
 def loss(frames, texts, times, scale: float = 1.0):
     frames = torch.cat([frames[:, :-1], texts[:, None]], dim=1)

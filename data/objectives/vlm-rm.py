@@ -11,13 +11,15 @@ equal, this is a number and not NaN.
 """
 import torch.nn.functional as F
 
-SENTENCES = ["a robot arm over a table"]  # the baseline
+BASELINE = "a robot arm over a table"
 
 def goal_baseline_reward(frames, goal, baseline, alpha: float = 0.5):
-    direction, offset = goal - baseline, F.normalize(frames, dim=-1) - goal
-    along = (offset * direction).sum(-1) ** 2 / direction.square().sum(-1).clamp(min=1e-12)
+    direction = goal - baseline  # (D,)
+    offset = F.normalize(frames, dim=-1) - goal  # (E, T, D)
+    length = direction.square().sum(-1).clamp(min=1e-12)
+    along = (offset * direction).sum(-1) ** 2 / length  # (E, T)
     across = offset.square().sum(-1) - along
     return 1 - (along + (1 - alpha) ** 2 * across) / 2
 
-def reward(frames, text, sentences):
-    return goal_baseline_reward(frames, text, sentences[0])
+def reward(frames, text, embed):
+    return goal_baseline_reward(frames, text, embed([BASELINE])[0])
