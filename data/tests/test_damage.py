@@ -1,0 +1,197 @@
+"""Random damage to every file that vlmrm.py reads: none may end in a traceback or in a wrong number.
+
+What a damaged file is answered with is one line, or the number that the whole file gives. Damage is
+drawn from a seed, another one each day: DAMAGE_SEED=20261130 repeats that of a day.
+"""
+import datetime
+import json
+import os
+import shutil
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlmrm
+
+SEED = int(os.environ.get("DAMAGE_SEED", f"{datetime.date.today():%Y%m%d}"))
+VALUES = [None, True, False, -1, 0, 1, 3, 10**9, 0.5, float("nan"), "", "x", "../x", [], ["x"], {},
+          {"x": 1}]
+PICTURE = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of the day and of the test."""
+    return np.random.default_rng([SEED, len(request.node.name)])
+
+def damage_bytes(content: bytes, rng) -> bytes:
+    """The bytes cut short, emptied, with a bit turned, or with a stretch of them overwritten."""
+    place = int(rng.integers(len(content)))
+    kind = rng.choice(["cut", "empty", "bit", "stretch"], p=[0.3, 0.05, 0.4, 0.25])
+    if kind == "cut":
+        return content[:place]
+    if kind == "empty":
+        return b""
+    changed = bytearray(content)
+    if kind == "bit":
+        changed[place] ^= 1 << int(rng.integers(8))
+    else:
+        junk = rng.bytes(min(40, len(content) - place))
+        changed[place:place + len(junk)] = junk
+    return bytes(changed)
+
+def damage_json(content: bytes, rng) -> bytes:
+    """A value somewhere in it is replaced or lost; or it is damaged as bytes are."""
+    if rng.random() < 0.3:
+        return damage_bytes(content, rng)
+    found = json.loads(content)
+    place = found
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = keys[rng.integers(len(keys))]
+        deeper = isinstance(place[key], (dict, list)) and len(place[key])
+        if not deeper or rng.random() < 0.3:
+            break
+        place = place[key]
+    if rng.random() < 0.3:
+        del place[key]
+    else:
+        place[key] = VALUES[rng.integers(len(VALUES))]
+    return json.dumps(found).encode()
+
+def answer(function, *arguments):
+    """What a function returns, or None if it refuses its input as it should."""
+    try:
+        return function(*arguments)
+    except vlmrm.InputError as problem:
+        assert str(problem)
+        return None
+
+def test_damaged_data_sets(toy, tmp_path, rng):
+    """Whatever is accepted has the arrays and the pictures of the whole file."""
+    path = tmp_path / "data.npz"
+    refused = 0
+    for _ in range(60):
+        path.write_bytes(damage_bytes(toy.path.read_bytes(), rng))
+        data = answer(vlmrm.Dataset, path)
+        e = int(rng.integers(toy.E))
+        pictures = answer(data.pictures, e) if data else None
+        if pictures is None:
+            refused += 1
+        else:
+            assert (pictures == toy.pictures(e)).all()
+            for name in (*vlmrm.PER_EPISODE, *vlmrm.PER_PICTURE):
+                assert (getattr(data, name) == getattr(toy, name)).all()
+    assert refused > 30
+
+def test_data_sets_of_other_arrays(toy, tmp_path, rng):
+    """A field of another kind or shape, with other values, or none of it."""
+    path = tmp_path / "data.npz"
+    for _ in range(40):
+        arrays = dict(np.load(toy.path))
+        name = str(rng.choice(list(arrays)))
+        changes = [arrays[name][:-1], arrays[name][..., None], np.array(0), arrays[name][:0],
+                   arrays[name].astype(str), np.full(arrays[name].shape, np.nan),
+                   np.full(arrays[name].shape, -1), arrays[name] != arrays[name]]
+        arrays[name] = changes[rng.integers(len(changes))]
+        if rng.random() < 0.2:
+            del arrays[name]
+        np.savez(path, **arrays)
+        data = answer(vlmrm.Dataset, path)
+        if data:  # such as other seeds, or steps
+            assert data.E == toy.E and data.T == toy.T
+            assert answer(data.pictures, toy.E - 1) is not None
+
+def test_damaged_instructions(tmp_path, rng, tiny):
+    """Whatever is accepted has sentences that the model can read, or says which it cannot."""
+    whole = (vlmrm.DATA / "instructions.json").read_bytes()
+    path = tmp_path / "instructions.json"
+    for _ in range(60):
+        path.write_bytes(damage_json(whole, rng))
+        instructions = answer(vlmrm.load_instructions, path)
+        for entry in (instructions or {}).values():
+            assert len(entry["paraphrases"]) == 3
+            for sentence in (entry["instruction"], *entry["paraphrases"]):
+                answer(tiny.check_sentence, sentence)
+
+@pytest.mark.parametrize("name, damage, count", [
+    ("config.json", damage_json, 40), ("model.safetensors", damage_bytes, 30),
+    ("metrics.json", damage_json, 10)])
+def test_damaged_runs(finished, tmp_path, rng, name, damage, count):
+    """A model that is loaded scores as the whole one does."""
+    expected = vlmrm.load_reward_model(finished, "cpu").score(PICTURE, "open the drawer")
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for _ in range(count):
+        (folder / name).write_bytes(damage((finished / name).read_bytes(), rng))
+        model = answer(vlmrm.load_reward_model, folder, "cpu")
+        if model:
+            assert model.score(PICTURE, "open the drawer") == pytest.approx(expected, abs=1e-6)
+
+def test_damaged_checkpoints(toy, tmp_path, rng, monkeypatch):
+    """A run goes on from a whole checkpoint to the same weights, and from no damaged one."""
+    instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
+    config = {"seed": 0, "steps": 2, "batch": 2, "learning_rate": 1e-3}
+    path = tmp_path / "checkpoint.pt"
+
+    def train(steps):
+        model = vlmrm.build_backbone("tiny", str(vlmrm.DATA / "tiny.safetensors"))
+        vlmrm.add_lora(model, 2)
+        vlmrm.train(model, toy, instructions, vlmrm.triplet_loss, config, saved=path)
+        return vlmrm.trained_weights(model)
+
+    expected = train(2)
+    whole = path.read_bytes()
+    for _ in range(30):
+        path.write_bytes(damage_bytes(whole, rng))
+        weights = answer(train, 2)
+        for name in weights or {}:
+            assert (weights[name] == expected[name]).all()
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png", ".jpg", ""])
+def test_damaged_films(finished, tmp_path, rng, suffix, capsys):
+    """A number for each picture, or one line. Nobody can tell a damaged film from a strange one."""
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    whole = tmp_path / f"whole{suffix or '.png'}"
+    imageio.imwrite(whole, pictures if suffix in (".mp4", ".gif") else pictures[0])
+    path = tmp_path / f"clip{suffix}"
+    file = path
+    if suffix == "":
+        path.mkdir()
+        file = path / "1.png"
+        Image.fromarray(pictures[0]).save(path / "0.png")
+    for _ in range(6):
+        file.write_bytes(damage_bytes(whole.read_bytes(), rng))
+        status = vlmrm.main(["--score", str(path), "--instruction", "open", "--model",
+                             str(finished), "--device", "cpu"])
+        printed, error = capsys.readouterr()
+        assert status in (0, 2)
+        if status == 2:
+            assert error.startswith("vlmrm: ") and error.count("\n") == 1
+        else:
+            assert "VOC" in printed and "nan" not in printed
+
+OBJECTIVE = """import torch
+TUNED = (1e-3, {"weight": 0.5})
+LABELS = "times"
+
+def loss(frames, texts, times, weight=1.0):
+    reward = (frames * texts[:, None]).sum(-1)
+    falls = torch.relu(reward[:, :-1] - reward[:, 1:] + 0.1)
+    return weight * falls.mean()
+"""
+
+def test_damaged_objectives(toy, tmp_path, rng, capsys):
+    """A letter lost, changed or doubled somewhere in a Python file."""
+    path = tmp_path / "own.py"
+    for _ in range(25):
+        place = int(rng.integers(len(OBJECTIVE)))
+        put = str(rng.choice(["", "x", " ", "0", "(", OBJECTIVE[place] * 2]))
+        path.write_text(OBJECTIVE[:place] + put + OBJECTIVE[place + 1:])
+        status = vlmrm.main(["--objective", str(path), "--data", str(toy.path), "--steps", "1",
+                             "--batch", "2", "--device", "cpu", "--lora", "2",
+                             "--runs", str(tmp_path / "runs")])
+        assert status in (0, 2), OBJECTIVE[:place] + put + OBJECTIVE[place + 1:]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "vlmrm:" in line]
+        assert len(lines) == (status == 2)

@@ -1,0 +1,369 @@
+"""Tests of the tools: what all of them do, a data set of films, a film of rewards, a model for the
+Hub, and an environment with a learned reward. LeRobot's data have a file of their own."""
+import re
+import shutil
+import sys
+import weakref
+from pathlib import Path
+
+import vlmrm  # before torch: see there
+
+import gymnasium
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+import environment
+import films
+import hub
+import lerobot
+import show
+from conftest import GROWING, command, one_line, read_kept, refuses
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), dtype=np.uint8)
+
+# -----------------------------------------------------------------------------
+# What all tools do
+
+def test_tools_run_from_any_folder(tmp_path):
+    """common.py, which each imports before anything else, sees to it."""
+    for tool in (films, lerobot, show, hub):
+        lines = Path(tool.__file__).read_text().splitlines()
+        imports = [line for line in lines if re.match("(import|from) ", line)]
+        assert imports[0].startswith("import common")
+    status, printed, error = command("--help", cwd=tmp_path, script=lerobot.__file__)
+    assert (status, error) == (0, "")
+    assert "\n    python data/tools/lerobot.py read FOLDER" in printed
+
+@pytest.mark.parametrize("main, arguments, says", [
+    (films.main, "films --sentences towel.json", "--out"),
+    (films.main, "films --sentences towel.json --out new.npz --frames 4", "between 5"),
+    (films.main, "films --sentences towel.json --out new.npz --size 0", "between 8"),
+    (films.main, "films --sentences towel.json --out new.npz --frames 999 --size 99", "16383"),
+    (films.main, "films --sentences towel.json --out new.npz --frames many", "invalid int value"),
+    (lerobot.main, "", "read|progress"),
+    (lerobot.main, "read a --out new.npz", "--sentences"),
+    (lerobot.main, "read a --out new.npz --sentences s.json --frames 4", "between 5"),
+    (lerobot.main, "read a --out new.npz --sentences s.json --episodes 0", "--episodes 0 is none"),
+    (lerobot.main, "progress run a --size -96", "between 8"),
+    (lerobot.main, "progress run", "folder"),
+    (show.main, "run clip.gif", "instruction"),
+    (show.main, "run clip.gif open --out reward.avi", "must end with .gif or .mp4"),
+    (show.main, "run clip.gif open", "cannot read run/config.json"),
+    (hub.main, "run new", "cannot read run/config.json"),
+    (hub.main, "run", "out")])
+def test_bad_options_are_one_line(place, capsys, main, arguments, says):
+    before = sorted(place.rglob("*"))
+    refuses(main, arguments.split(), capsys, says)
+    assert sorted(place.rglob("*")) == before
+
+@pytest.mark.parametrize("main, arguments", [
+    (films.main, "films --sentences towel.json --out kept"),
+    (films.main, "films --sentences kept --out kept"),
+    (lerobot.main, "read a --out kept --sentences new"),
+    (lerobot.main, "read a --out new --sentences kept"),
+    (lerobot.main, "read a --out new --sentences new"),
+    (lerobot.main, "progress run data"),
+    (show.main, "run clip.gif open --out kept.gif"),
+    (show.main, "run kept.gif open --out kept.gif"),
+    (show.main, "run clip.gif open"),
+    (hub.main, "run kept"),
+    (hub.main, "run films")])
+def test_no_output_takes_the_place_of_a_file(place, capsys, monkeypatch, main, arguments):
+    """And that is said before the work."""
+    Path("data").mkdir()
+    for name in ("kept", "kept.gif", "clip-reward.gif", "data/sarm_progress.parquet"):
+        Path(name).write_text("precious")
+    monkeypatch.setattr(vlmrm, "read_pictures", lambda path: pytest.fail("worked"))
+    monkeypatch.setattr(vlmrm, "load_reward_model", lambda *_: pytest.fail("worked"))
+    before = {path: path.is_file() and path.read_bytes() for path in place.rglob("*")}
+    refuses(main, arguments.split(), capsys, "exists")
+    assert {path: path.is_file() and path.read_bytes() for path in place.rglob("*")} == before
+
+@pytest.mark.parametrize("main, arguments", [
+    (lerobot.main, "progress run data"), (show.main, "run clip.gif open"), (hub.main, "run new")])
+def test_using_a_model_runs_no_code_of_its_run(place, finished, capsys, main, arguments):
+    """Neither if it may be used, nor if it was not trained for the cosine."""
+    shutil.copytree(finished, "run")
+    imageio.imwrite("clip.gif", GROWING)
+    if main is lerobot.main:
+        pytest.importorskip("pyarrow")
+        from test_lerobot import lerobot_folder
+        lerobot_folder(Path("data"), said=["push"] * 4)
+    Path("evil.py").write_text("open('ran', 'w')\ndef loss(frames, texts, times): pass\n")
+    config = dict(read_kept(Path("run"), "config.json"), objective=str(Path("evil.py").resolve()))
+    for cosine, status in ((False, 2), (True, 0)):
+        Path("run/config.json").write_bytes(vlmrm.to_json(dict(config, cosine=cosine)))
+        code = main(arguments.split())
+        if status:
+            one_line(capsys, "not trained for the cosine", name=main.__module__)
+        assert code == status or "rise" in capsys.readouterr().err  # it learned for two steps
+        assert not Path("ran").exists()
+
+@pytest.mark.parametrize("main, arguments, name", [
+    (films.main, "films --sentences towel.json --out new.npz", "read_pictures"),
+    (lerobot.main, "progress run data", "load_reward_model"),
+    (show.main, "run clip.gif open", "load_reward_model"),
+    (hub.main, "run new", "load_reward_model")])
+def test_ctrl_c_is_one_line(place, capsys, monkeypatch, main, arguments, name):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(vlmrm, name, stop)
+    assert main(arguments.split()) == 130
+    one_line(capsys, "stopped", name=main.__module__)
+
+def test_table_by_hand():
+    assert common.markdown_table([["", "a"], ["b", "1"], ["c", "2"]]) == (
+        "|  | a |\n| --- | --- |\n| b | 1 |\n| c | 2 |")
+
+@pytest.mark.parametrize("reads", [
+    lambda model: films.read_film(Path("film"), 5, 8),
+    lambda model: show.score(model, Path("film"), "open"),
+    lambda model: sum(1 for _ in show.compose(Path("film"), {"open": list(range(200))}))])
+def test_a_film_is_never_in_the_memory_as_a_whole(brightness, monkeypatch, reads):
+    seen = []
+    most = []
+
+    def read_pictures(path):
+        for k in range(200):
+            picture = Image.new("RGB", (8, 8))
+            seen.append(weakref.ref(picture))
+            yield picture
+            most.append(sum(reference() is not None for reference in seen))
+
+    monkeypatch.setattr(vlmrm, "read_pictures", read_pictures)
+    reads(brightness)
+    assert len(most) >= 200 and max(most) <= 3
+
+# -----------------------------------------------------------------------------
+# films.py
+
+def test_films_become_episodes(place, capsys):
+    """Pictures evenly spread, success at the end of what is no failure."""
+    assert films.main(["films", "--sentences", "towel.json", "--out", "towel.npz"]) == 0
+    assert capsys.readouterr().out == "wrote 6 films of 1 tasks to towel.npz\n"
+    data = vlmrm.Dataset("towel.npz")
+    assert data.source.tolist() == ["expert"] * 5 + ["mixed"]
+    assert data.success.sum(1).tolist() == [1] * 5 + [0]
+    assert data.success[:5, -1].all() and not data.rewards.any()
+    assert (data.steps == np.linspace(0, 29, 24).round()).all() and data.S == 96
+    for e in range(6):
+        shades = data.pictures(e).mean((1, 2, 3))
+        assert np.abs(shades - 8 * data.steps[e]).max() < 4
+
+def test_what_is_no_film_is_left_out_and_said(place, capsys):
+    folder = Path("films/fold-towel")
+    shutil.move(folder / "failed", folder / "Failed")
+    (folder / "more").mkdir()
+    shutil.copy(folder / "2.gif", folder / "more/5.gif")
+    no_films = [Path("films/notes.txt"), folder / "more"]
+    for name in (".DS_Store", "2-reward.gif", "Failed/.hidden.mp4", "photo.JPG"):
+        no_films.append(folder / name)
+        shutil.copy(folder / "2.gif", folder / name)
+    no_films[0].touch()
+    assert films.main(["films", "--sentences", "towel.json", "--out", "towel.npz"]) == 0
+    said = capsys.readouterr().out.splitlines()[0].split(": ")[1]
+    assert set(said.split(", ")) == set(map(str, no_films))
+    assert vlmrm.Dataset("towel.npz").source.tolist() == ["expert"] * 5 + ["mixed"]
+
+@pytest.mark.parametrize("arguments, says", [
+    ("films --frames 31", "30 pictures, fewer than 31"),
+    ("odd", "'fold-rug'"),
+    ("empty", "empty/fold-towel has no film of the task done"),
+    ("none", "No such file"),
+    ("odd/fold-rug", "no folders of tasks"),
+    ("broken", "broken/fold-towel/9.mp4"),
+    ("text", "text/fold-towel/notes.txt")])
+def test_films_that_are_refused(place, capsys, arguments, says):
+    for name in ("odd/fold-rug", "empty/fold-towel/failed", "broken/fold-towel", "text/fold-towel"):
+        Path(name).mkdir(parents=True)
+    shutil.copy("films/fold-towel/2.gif", "odd/fold-rug")
+    Path("broken/fold-towel/9.mp4").touch()
+    Path("text/fold-towel/notes.txt").write_text("no film")
+    arguments += " --sentences towel.json --out new.npz"
+    refuses(films.main, arguments.split(), capsys, says)
+    assert not Path("new.npz").exists()
+
+# -----------------------------------------------------------------------------
+# show.py
+
+@pytest.mark.parametrize("kind, out", [
+    ("clip.gif", None), ("clip.mp4", None), ("clip", None), ("clip.png", None),
+    ("clip.gif", "new/reward.mp4")])
+def test_a_film_over_its_reward(kind, out, place, brightness):
+    """As many pictures as there are; what is to come of the curve is pale."""
+    pictures = GROWING[:1] if kind == "clip.png" else GROWING[5:17]
+    if kind == "clip":
+        Path("clip").mkdir()
+        for k, picture in enumerate(pictures):  # 10.png comes after 9.png
+            Image.fromarray(picture).save(f"clip/{k + 2}.png")
+    else:
+        imageio.imwrite(kind, pictures)
+    options = ["--out", out] if out else []
+    assert show.main(["run", kind, "push", "open $x$ and $_$", *options]) == 0
+    written = out or "clip-reward.gif"
+    assert imageio.immeta(written).get("fps", 8) == 8
+    shown = imageio.imread(written).astype(int).reshape(-1, 320 + 240, 480, 3)
+    assert len(shown) == len(pictures)
+    expected = pictures.mean((1, 2, 3))
+    assert np.abs(shown[:, :320].mean((1, 2, 3)) - expected).max() < 4
+    dark = [(picture[320:] < 200).any(-1).sum() for picture in shown]
+    assert dark == sorted(dark)
+    assert len(dark) == 1 or dark[-1] > dark[0] + 200
+
+def test_the_curve_is_where_its_columns_say():
+    """The reward is 0 but for a peak: only there is anything drawn in the upper half."""
+    curves, columns = show.draw_curves({"a": [0.0] * 7 + [1.0] + [0.0] * 5})
+    assert curves.shape == (240, 480, 3) and len(columns) == 13
+    blue = (curves[..., 2] > curves[..., 0].astype(int) + 50)
+    tops = np.where(blue.any(0), blue.argmax(0), 240)
+    assert abs(int(np.argmin(tops)) - columns[7]) <= 3
+    assert (np.diff(columns) > 20).all()
+
+def test_rewards_of_what_is_shown_are_those_of_the_model(finished, place):
+    """A photo turned by EXIF, upright as another file has it, is scored upright."""
+    model = vlmrm.load_reward_model(finished, "cpu")
+    Path("photos").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned clockwise by 90 degrees
+    for k, picture in enumerate(PICTURES):
+        on_its_side = Image.fromarray(np.rot90(picture))
+        on_its_side.save(f"photos/{k}.png", exif=turned)
+    rewards = show.score(model, Path("photos"), "push the puck")
+    assert rewards == pytest.approx(model.score(PICTURES, "push the puck"), abs=1e-5)
+
+@pytest.mark.parametrize("name, content, says", [
+    ("clip.mp4", b"", "cannot read"), ("clip.gif", b"GIF89a", "clip.gif"),
+    ("clip.mp4", b"no film", "clip.mp4"), ("none.mp4", None, "none.mp4: ValueError: there is no"),
+    ("empty", None, "has no pictures in it")])
+def test_films_that_are_not_shown(place, brightness, capsys, name, content, says):
+    Path("empty").mkdir()
+    if content is not None:
+        Path(name).write_bytes(content)
+    refuses(show.main, ["run", name, "push"], capsys, says)
+    assert not list(place.glob("*reward*"))
+
+# -----------------------------------------------------------------------------
+# hub.py
+
+def test_a_model_for_others(finished, place):
+    """The folder alone scores as the run does; its adapters are in the weights, no path is left."""
+    assert hub.main([str(finished), "model"]) == 0
+    out = place / "model"
+    (out / "try.py").write_text("\n".join((
+        "import sys, vlmrm, numpy", "model = vlmrm.load_reward_model('.', 'cpu')",
+        "model.low_precision = False", "rewards = model.score(numpy.load(sys.argv[1]), 'push')",
+        "print(vlmrm.__file__, *rewards)")))
+    np.save("pictures.npy", PICTURES)
+    status, printed, error = command(place / "pictures.npy", cwd=out, script="try.py")
+    assert status == 0, error
+    where, *rewards = printed.split()
+    assert Path(where).parent == out
+    run = vlmrm.load_reward_model(finished, "cpu")
+    run.low_precision = False
+    assert np.float64(rewards) == pytest.approx(run.score(PICTURES, "push"), abs=1e-5)
+    config = read_kept(out, "config.json")
+    assert config["lora"] == 0 and config["cosine"] is True
+    assert str(Path(config["data"]).name) == config["data"] == "toy.npz"
+    assert "/" not in (out / "config.json").read_text()
+
+def test_the_card_has_the_results(finished, place):
+    """Under the own sentence and the opposite one. One of four is found by chance in a quarter."""
+    shutil.copytree(finished, "run")
+    report = dict(read_kept(finished), sentences=4)
+    entry = {"value": -0.123, "tasks": 1, "interval": [-1, 1]}
+    report["unseen"] = dict(report["unseen"], voc_opposite=entry)
+    Path("run/metrics.json").write_bytes(vlmrm.to_json(report))
+    assert hub.main(["run", "model"]) == 0
+    card = Path("model/README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and "\n# model\n" in card
+    value = report["seen"]["voc"]["value"]
+    assert f"\n| VOC: order of experts' frames | {value:.2f} | " in card
+    assert re.search(r"\n\| VOC under the opposite sentence \| .* \| -0.12 \| 0.00 \|\n", card)
+    assert re.search(r"its own text \|.*\| 0\.25 \|", card)
+
+@pytest.mark.parametrize("changes", [None, {"seen": None}, {"seen": {"voc": 1}}, {"sentences": 0}])
+def test_results_that_make_no_card(finished, place, capsys, changes):
+    shutil.copytree(finished, "run")
+    Path("run/metrics.json").write_text("{}")
+    if changes:
+        report = dict(read_kept(finished), **changes)
+        Path("run/metrics.json").write_bytes(vlmrm.to_json(report))
+    refuses(hub.main, ["run", "model"], capsys, "cannot read run/m")
+    assert not Path("model").exists()
+
+# -----------------------------------------------------------------------------
+# environment.py
+
+class Grey(gymnasium.Env):
+    """Its picture grows lighter by 45 each step, its reward is -1, and it ends after two."""
+    observation_space = gymnasium.spaces.Discrete(3)
+    action_space = gymnasium.spaces.Discrete(2)
+    render_mode = "rgb_array"
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = (options or {}).get("begin", 0)
+        return self.steps, {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.steps, -1.0, self.steps == 2, False, {}
+
+    def render(self):
+        return np.full((8, 8, 3), 45 * self.steps, np.uint8)
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, [5, 10]), ({"render": lambda: PICTURES[0]}, [PICTURES[0].mean() / 9] * 2),
+    ({"shaping": True, "gamma": 0.5}, [-1 + 0.5 * 5 - 0, -1 + 0 - 5])])
+def test_the_reward_of_an_environment(brightness, options, expected):
+    """In the place of its own, from another view, and as a potential, which is 0 at the end."""
+    env = environment.wrap_environment(Grey(), brightness, "go", **options)
+    for _ in range(2):  # nothing is left of the episode before
+        env.reset()
+        rewards = []
+        for _ in range(2):
+            _, reward, terminated, _, info = env.step(0)
+            rewards.append(reward)
+            assert info["original_env_rew"] == info["environment_reward"] == -1
+        assert rewards == pytest.approx(expected) and terminated
+    observation, _ = env.reset(seed=3, options={"begin": 1})
+    assert observation == 1
+
+@pytest.mark.parametrize("mode, expected", [("SAME_STEP", [5, 10, 5, 10]),
+                                            ("NEXT_STEP", [5, 10, 0, 5])])
+@pytest.mark.parametrize("shaping", [False, True])
+def test_many_environments(brightness, mode, expected, shaping):
+    """An episode's last reward is of its own last picture; a step that only resets has none."""
+    if shaping:
+        expected = [{5: 4, 10: -6, 0: 0}[reward] for reward in expected]  # -1 + r(s') - r(s)
+    def make():
+        return environment.wrap_environment(Grey(), brightness, "go", shaping=shaping, gamma=1)
+    many = gymnasium.vector.SyncVectorEnv(
+        [make] * 3, autoreset_mode=gymnasium.vector.AutoresetMode[mode])
+    many.reset()
+    for reward in expected:
+        _, rewards, *_ = many.step(np.zeros(3, int))
+        assert rewards.tolist() == [reward] * 3
+
+@pytest.mark.parametrize("picture, says", [
+    (None, "render_mode"), ([], "render_mode"), ([np.zeros((8, 8, 3), np.uint8)], "render_mode"),
+    (np.zeros((8, 8)), "must be uint8"), (np.zeros((8, 8, 4), np.uint8), "must be uint8"),
+    (np.zeros((2, 8, 8, 3), np.uint8), "must be uint8"), (np.zeros((8, 8, 3)), "must be uint8")])
+def test_what_is_no_picture_has_no_reward(tiny, picture, says):
+    with pytest.raises(vlmrm.InputError, match="is no sentence"):
+        environment.wrap_environment(Grey(), tiny, " ")
+    env = environment.wrap_environment(Grey(), tiny, "go", render=lambda: picture)
+    env.reset()
+    with pytest.raises(vlmrm.InputError, match=says):
+        env.step(0)
+
+def test_stable_baselines_takes_the_environment(tiny):
+    """And learns with it."""
+    checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    env = environment.wrap_environment(Grey(), tiny, "go")
+    checker.check_env(env)
+    agent = sys.modules["stable_baselines3"].PPO("MlpPolicy", env, n_steps=8, batch_size=8)
+    agent.learn(16)

@@ -1,0 +1,66 @@
+"""What the tools share: where vlmrm.py is, how they begin and end, what they check. Each imports
+it first, and so runs from any folder."""
+import argparse
+import logging
+import sys
+import warnings
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+try:
+    import vlmrm  # it takes seconds
+except KeyboardInterrupt:
+    print("\nstopped", file=sys.stderr)
+    sys.exit(130)
+
+import matplotlib
+
+class Parser(argparse.ArgumentParser):
+    """Options. What is wrong with them is one line, too."""
+    def error(self, message: str):
+        raise vlmrm.InputError(f"{message}; see --help")
+
+def main(parser: Parser, work, argv: list[str] = None) -> int:
+    """Do work(args) with the options of argv or the command line, whose numbers are those that
+    --collect takes. Returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)  # what matters is said in one line
+    matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # a docstring keeps its lines
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # or whoever started us closed it
+            stream.reconfigure(errors="replace")  # not every terminal has every sign
+    try:
+        args = parser.parse_args(argv)
+        vlmrm.check_numbers(vars(args))
+        if getattr(args, "frames", 1) * getattr(args, "size", 1) > 16383:
+            raise vlmrm.InputError("--frames x --size is over 16383, the limit of WebP")
+        work(args)
+    except (vlmrm.InputError, OSError, BrokenExecutor) as problem:
+        print(f"{parser.prog}:", " ".join(str(problem).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+def check_outputs(*paths: Path) -> None:
+    """Before the work: InputError or OSError for an output that exists or cannot be written."""
+    made = []
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+            made.append(path)
+    except FileExistsError as problem:
+        raise vlmrm.InputError(f"{problem.filename} exists, or is asked for twice: delete it, or "
+                               "choose another name") from None
+    finally:
+        for path in made:
+            path.unlink()
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """A table in Markdown. The first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
