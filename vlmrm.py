@@ -411,8 +411,9 @@ class RewardModel(nn.Module):
 
     def embed_texts(self, sentences: list[str]):
         """M sentences -> unit vectors (M, D), float32."""
-        tokens = self.tokenizer(sentences).to(self.mean.device)
-        return self.encode(self.clip.encode_text, tokens)
+        with torch.device("cpu"):  # whatever the caller's default is
+            tokens = self.tokenizer(sentences)
+        return self.encode(self.clip.encode_text, tokens.to(self.mean.device))
 
     def check_sentence(self, sentence: str):
         """Raise InputError for what is no sentence, or is too long, if the tokenizer can tell."""
@@ -438,9 +439,11 @@ class RewardModel(nn.Module):
         if pictures.dtype != np.uint8 or pictures.shape[3:] != (3,) or not pictures.size:
             raise InputError("pictures must be uint8 (N, H, W, 3), red green blue, 0 to 255; these "
                              f"are {pictures.dtype} {pictures.shape}")
-        # Keep the text of the last sentence, until a weight changes, which _version counts.
-        known = sentence, [weight._version for weight in self.parameters()]
-        if self.last_text is None or self.last_text[0] != known:
+        # Keep the text of the last sentence while weights are frozen and, by _version, unchanged.
+        versions = [weight._version for weight in self.parameters() if not weight.requires_grad]
+        known = sentence, self.mean.device, versions
+        frozen = len(versions) == len(list(self.parameters()))
+        if not frozen or self.last_text is None or self.last_text[0] != known:
             self.check_sentence(sentence)
             self.last_text = known, self.embed_texts([sentence])[0]
         return (self.embed_frames(pictures) @ self.last_text[1]).cpu().numpy()
@@ -1099,6 +1102,7 @@ def prepare_model(config: dict, device: str = "auto"):
         model.low_precision = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return model.to(device)
 
+@torch.inference_mode(False)  # whatever the caller is in: its tensors cannot tell a change
 def load_reward_model(folder, device: str = "auto"):
     """The trained model of a run's folder, ready to score(pictures, sentence), or InputError."""
     settings = Path(folder, "config.json")
@@ -1118,11 +1122,11 @@ def load_reward_model(folder, device: str = "auto"):
     weights = Path(folder, "model.safetensors")
     report = Path(folder, "metrics.json")
     with reading(weights):
-        if report.exists() and read_json(report)["model_sha256"] != digest(weights):
-            raise ValueError("it is not the file that the run has written")
+        if report.exists() and read_json(report).get("model_sha256") != digest(weights):
+            raise ValueError("its checksum in metrics.json is another one")
         put_weights(model, load_file(weights))
     merge_lora(model)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 def run(config: dict, runs: Path, device: str = "auto") -> tuple[Path, dict]:
     """Do a run, or go on with it, unless it is done. Returns its folder and its metrics.json."""

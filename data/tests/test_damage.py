@@ -1,4 +1,4 @@
-"""Random damage to every file that vlmrm.py reads: none may end in a traceback or in a wrong number.
+"""Random damage to every file that vlmrm.py reads: no traceback, and no wrong number.
 
 What a damaged file is answered with is one line, or the number that the whole file gives. Damage is
 drawn from a seed, another one each day: DAMAGE_SEED=20261130 repeats that of a day.
