@@ -65,8 +65,10 @@ def draw_kept(runs: dict, doors: dict, data, path: Path) -> None:
     for axis, (name, curves) in zip(axes[1:], sorted(doors.items(), reverse=True)):
         for (sentence, rewards), color in zip(curves.items(), (BLUE, RED)):
             axis.plot(rewards, color=color, label=f"reward under “{sentence}”")
-        axis.set_title("before training" if name.startswith("zeroshot") else f"after {name}",
-                       loc="left", fontsize=10)
+        title = f"after {name}"
+        if name.startswith("zeroshot"):
+            title = "before training"
+        axis.set_title(title, loc="left", fontsize=10)
     axes[-1].set_xlabel("picture")
     right.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center")
     save(figure, path)

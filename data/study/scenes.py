@@ -545,7 +545,7 @@ def draw_batch(scenes: dict, step: int, args, tokenizer):
     return augment(scenes["pictures"][rows], rng), texts, true
 
 def train(args) -> None:
-    """Train tiny from random weights, and write them to args.out, or go on with that. Same seed, CPU
+    """Train tiny from random weights, and write them to args.out, or go on. Same seed, CPU
     and number of threads: the same bytes."""
     model = vlmrm.prepare_model(
         {"backbone": "tiny", "pretrained": "none", "lora": 0, "seed": args.seed})
