@@ -76,7 +76,10 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 def cell(runs: list[dict], group: str, metric: str) -> str:
     """Mean ± std over seeds."""
-    values = [run[group][metric]["value"] for run in runs if metric in run[group]]
+    return over_seeds([run[group][metric]["value"] for run in runs if metric in run[group]])
+
+def over_seeds(values: list[float]) -> str:
+    """Their mean ± std, "" if there are none."""
     if not values:
         return ""
     text = f"{np.mean(values):.2f}"
@@ -112,19 +115,16 @@ def study_table(runs: dict, columns: dict, marks: dict = None) -> str:
 def short_table(runs: dict) -> str:
     """The paper's objectives and the start, trained as by default."""
     titles = ["objective", *ORDER, "VOC under the opposite sentence, 7 unseen"]
+    instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
     rows = []
     for name in SHORT:
         cells = [cell(runs[name][FIRST], *column) for column in ORDER.values()]
-        opposite = [voc_opposite(run) for run in runs[name][FIRST]]
-        text = f"{np.mean(opposite):.2f}"
-        if len(opposite) > 1:
-            text += f" ± {np.std(opposite, ddof=1):.2f}"
-        rows.append([label(name), *cells, text])
+        opposite = [voc_opposite(run, instructions) for run in runs[name][FIRST]]
+        rows.append([label(name), *cells, over_seeds(opposite)])
     return table(titles, rows)
 
-def voc_opposite(run: dict) -> float:
+def voc_opposite(run: dict, instructions: dict) -> float:
     """Mean VOC of unseen tasks under the opposite sentence: their VOC minus the gap."""
-    instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
     own = []
     for task, scores in run["tasks"].items():
         if vlmrm.group_of(task) == "unseen" and instructions[task].get("opposite"):
@@ -144,7 +144,10 @@ def result_sentence(folds: dict) -> str:
     for row in ("r3m", "liv", "vip", "tcn"):
         p = vlmrm.paired_p_value(voc["triplet"], voc[row])
         text = f"`{row}` ({voc[row].mean():.2f}, p = {p:.4f})"
-        (sure if p < 0.05 else unsure).append(text)
+        if p < 0.05:
+            sure.append(text)
+        else:
+            unsure.append(text)
     ours = voc["triplet"]
     return (f"**On {len(ours)} tasks, each left out of training once, `triplet` has a VOC of "
             f"{ours.mean():.2f}: more than {', '.join(sure)}, and not surely more than "
