@@ -6,16 +6,16 @@ rise as the task gets done. Two towers map picture and sentence to unit vectors,
 reward. What that is worth depends on the objective, and objectives are what this file compares, as
 "Revisiting the learning objectives of vision-language reward models" does (arXiv 2512.20675).
 
-  python vlmrm.py --objective triplet              train, test, draw: 22 seconds on two CPU cores
-  python vlmrm.py --objective all --seeds 3          compare the paper's five and no training at all
-  python vlmrm.py --score clip.mp4 --instruction "close the drawer"      use what was trained
-  python vlmrm.py --collect --tasks reach-v3 push-v3 --data two.npz      make your own videos
-  python vlmrm.py --backbone ViT-B-32-quickgelu --pretrained openai --learning-rate 1e-4  for a GPU
+  python vlmrm.py --objective triplet            # train, test, draw: 22 to 80 s on two CPU cores
+  python vlmrm.py --objective all --seeds 3        # compare the paper's five and no training at all
+  python data/tools/show.py runs/triplet-seed0 clip.mp4 "close the drawer"  # use what was trained
+  python vlmrm.py --collect --tasks reach-v3 push-v3 --data two.npz    # make your own videos
+  python vlmrm.py --backbone ViT-B-32-quickgelu --pretrained openai --learning-rate 1e-4     # GPU
 
 Expect of triplet (mean ± std of seeds 0, 1, 2; other CPUs than ours differ by some hundredths), on
 tasks it was trained on (seen) and on ten others (unseen):
-  VOC (order of an expert's pictures, 1 is best)       0.90 ± 0.00 seen, 0.77 ± 0.02 unseen
-  ranking accuracy at the same time (chance is .5)     0.76 ± 0.01 seen, 0.71 ± 0.00 unseen
+  VOC: value-order correlation on experts (1: best)    0.90 ± 0.00 seen, 0.77 ± 0.02 unseen
+  ranking of two videos at one time (chance is .5)     0.76 ± 0.01 seen, 0.71 ± 0.00 unseen
 
 Shapes: B videos in a batch, K frames of each; E episodes, T pictures of each; N pictures of H x W
 pixels (S x S in our data); M sentences; D dimensions. A video is the pictures of an episode. In the
@@ -48,12 +48,11 @@ from pathlib import Path
 # Idle threads of torch burn a core while they wait. This, set before its import, makes them sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if __name__ == "__main__":
-    # So that `import vlmrm` in a file with an objective gets this module, not a second copy.
+    # An objective's file may `import vlmrm`: then it gets this module, not a second copy.
     sys.modules["vlmrm"] = sys.modules["__main__"]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C during the imports
     logging.disable(logging.ERROR)  # libraries' warnings
 
-import imageio.v3 as imageio  # reads films
 import matplotlib
 import numpy as np
 import open_clip  # the CLIP architectures and tokenizers
@@ -61,7 +60,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # without pyplot: no window opens by mistake
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -77,7 +76,7 @@ class InputError(Exception):
 def reading(path):
     """Turn whatever goes wrong while a file is read or checked into one line that names it."""
     try:
-        if not Path(path).is_file():  # a pipe or a device could keep us waiting
+        if not Path(path).is_file():  # to open a pipe could block for ever
             raise ValueError("there is no such file")
         yield
     except InputError:
@@ -108,16 +107,17 @@ def read_json(path):
 #           some and test on others: there the later picture is the one that is further.
 #   mixed   the same policy with noise and random actions, for 150 steps: some succeed, most dither,
 #           fail or go backwards. No training: the simulator's reward says which picture is better.
-# Ten tasks are unseen: never trained on. Each has a sibling among the other forty (open, close).
+# Ten tasks are unseen: never trained on. Each has a relative among the other forty: door-close for
+# door-open.
 
 UNSEEN_TASKS = (
     "button-press-v3", "coffee-pull-v3", "door-open-v3", "door-unlock-v3", "drawer-open-v3",
     "faucet-open-v3", "handle-pull-side-v3", "plate-slide-back-v3", "push-wall-v3",
     "window-close-v3")
-# What a data set knows of each episode (E,), and of each picture (E, T): {name: numpy's kinds}.
+# The arrays of a data set, a value for each episode (E,) or picture (E, T): {name: dtype.kind}.
 PER_EPISODE = {"task": "U", "split": "U", "source": "U", "seed": "iu"}
 PER_PICTURE = {"rewards": "f", "success": "b", "steps": "iu"}
-# All in the simulator's state that a picture depends on.
+# The parts of the simulator's state that decide what a picture shows.
 POSES = ("geom_xpos", "geom_xmat", "site_xpos", "site_xmat",
          "light_xpos", "light_xdir", "cam_xpos", "cam_xmat")
 
@@ -127,8 +127,8 @@ def group_of(task: str):
 
 def load_instructions(path, tasks=()) -> dict[str, dict]:
     """{task: {"instruction", "paraphrases" (3, never trained on), "opposite" (the task that undoes
-    this one, if there is one)}}, the given tasks among them. Raises InputError."""
-    with reading(path):
+    this one, if there is one)}}; the given tasks must be in it. Raises InputError."""
+    with reading(path):  # for the checks below
         instructions = read_json(path)
         for task in set(instructions).union(tasks):
             entry = instructions[task]
@@ -143,7 +143,7 @@ def load_instructions(path, tasks=()) -> dict[str, dict]:
 
 def open_task(task: str, size: int):
     """The simulator of a task, the class of its scripted policy, a renderer of size x size pictures
-    (close it before another is opened, or that draws old pictures). Raises InputError."""
+    (close it before you open another, or the new one draws old pictures). Raises InputError."""
     if sys.platform == "linux":  # without a screen; mujoco reads this once, at import
         os.environ.setdefault("MUJOCO_GL", "osmesa")
     try:
@@ -169,10 +169,10 @@ def open_task(task: str, size: int):
 
 def roll_out(env, policy, rng, steps: int, noise: float, random_share: float) -> list[tuple]:
     """An episode: of each step (poses, reward, success flag). A share of actions is random, all get
-    Gaussian noise. Without noise, an expert's, it ends 5 steps after success."""
+    Gaussian noise. Without noise (an expert) it ends 5 steps after success."""
     observation, _ = env.reset()
     history = []
-    after_success = 0
+    after_success = 0  # counts the success, too
     while len(history) < steps and after_success <= 5:
         action = policy.get_action(observation)
         if rng.random() < random_share:
@@ -212,8 +212,8 @@ def collect_task(job: dict) -> list[dict]:
         mixed = len(episodes) >= job["expert"]
         if not mixed and attempts >= 4 * job["expert"]:
             raise InputError(f"{task}: {len(episodes)} of {attempts} tries succeed: lower --expert")
-        # Meta-World ignores reset(seed=...): this is how an episode gets a start of its own. All
-        # experts and mixed episodes, of each --seed, have different numbers.
+        # Meta-World ignores reset(seed=...): this is how an episode gets a start of its own. No two
+        # of a task have the same number: experts from 0, mixed from 5,000, of each --seed.
         seed = 10_000 * job["seed"] + 5_000 * mixed + attempts
         attempts += 1
         env.seeded_rand_vec = True
@@ -229,7 +229,8 @@ def collect_task(job: dict) -> list[dict]:
             continue
         steps = np.linspace(0, len(history) - 1, job["frames"]).round().astype(np.int16)
         pictures = [draw(renderer, env.data, poses[step]) for step in steps]
-        # Success may flicker: a flag is True if any step since the last kept one succeeded.
+        # Success may flicker: a flag is True if any step since the last kept one succeeded. (min():
+        # a short episode keeps steps twice.)
         last = -1
         success = []
         for step in steps:
@@ -266,7 +267,7 @@ def collect(args):
     jobs = [dict(vars(args), task=task) for task in tasks]
     with ProcessPoolExecutor(
             max_workers=min(args.workers, len(tasks)),
-            # A forked process would inherit a broken graphics library. Ctrl-C is for us alone.
+            # A forked process would inherit a broken graphics library. Workers ignore Ctrl-C.
             mp_context=multiprocessing.get_context("spawn"),
             initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         collected = tqdm(pool.map(collect_task, jobs), "collecting", len(tasks))
@@ -276,7 +277,7 @@ def collect(args):
 
 def write_dataset(path, episodes: list[dict]):
     """Write episodes as one npz file. An episode has the fields of PER_EPISODE and PER_PICTURE, and
-    "strip", its packed pictures. Raises InputError for what makes no data set."""
+    "strip", its packed pictures. Raises InputError if they make no valid data set."""
     arrays = {}
     for name in (*PER_EPISODE, *PER_PICTURE):
         arrays[name] = np.array([episode[name] for episode in episodes])
@@ -296,7 +297,7 @@ class Dataset:
     """The episodes of one npz file: E episodes of T pictures, S x S pixels each.
     task, split, source, seed   (E,) names, "train"/"validation"/"test", "expert"/"mixed", integer
     rewards, success, steps     (E, T) simulator's reward (0 to 10), success flag, step index
-    offsets, strips             (E + 1,) where each packed strip begins in (bytes,) of all of them
+    offsets, strips             (E + 1,) and bytes: strips[offsets[e]:offsets[e + 1]] is episode e's
     """
     def __init__(self, path):
         self.path = Path(path)
@@ -367,7 +368,7 @@ def tiny_tokenizer():
     merges = 4096 - 2 * 256 - 2
     ranks = tokenizer.bpe_ranks.items()
     tokenizer.bpe_ranks = {pair: rank for pair, rank in ranks if rank < merges}
-    # CLIP takes its output at the largest id for the sentence's vector: the end mark must have it.
+    # CLIP's vector of a sentence is its output at the largest id: that must be the end mark.
     tokenizer.sot_token_id = 4094
     tokenizer.eot_token_id = 4095
     return tokenizer
@@ -381,6 +382,7 @@ class RewardModel(nn.Module):
         self.low_precision = False  # see prepare_model()
         self.last_text = None  # see score()
         self.size = int(np.max(clip.visual.image_size))
+        # The pixels are 0 to 255.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
 
@@ -396,8 +398,8 @@ class RewardModel(nn.Module):
     def embed_frames(self, pictures: np.ndarray):
         """uint8 pictures (..., H, W, 3), stretched to the model's size -> unit vectors (..., D)."""
         *shape, height, width, _ = pictures.shape
-        most = 10**9  # pictures at once; without gradients, which keep all, few: to save memory
-        if not torch.is_grad_enabled():
+        most = 10**9  # pictures a pass: all in training, as gradients keep them all anyway
+        if not torch.is_grad_enabled():  # few, to save memory
             most = max(1, min(120, 6_000_000 // (height * width)))
         square = (self.size, self.size)
         frames = []
@@ -435,11 +437,12 @@ class RewardModel(nn.Module):
         try:
             pictures = np.ascontiguousarray(pictures)
         except ValueError:  # a list of pictures of several sizes
-            pictures = np.array(None)
+            pictures = np.array(None)  # refused below
         if pictures.dtype != np.uint8 or pictures.shape[3:] != (3,) or not pictures.size:
             raise InputError("pictures must be uint8 (N, H, W, 3), red green blue, 0 to 255; these "
                              f"are {pictures.dtype} {pictures.shape}")
-        # Keep the text of the last sentence while weights are frozen and, by _version, unchanged.
+        # Use the last sentence's vector again while all weights are frozen and none has changed,
+        # which _version counts.
         versions = [weight._version for weight in self.parameters() if not weight.requires_grad]
         known = sentence, self.mean.device, versions
         frozen = len(versions) == len(list(self.parameters()))
@@ -464,7 +467,7 @@ def build_backbone(name: str, pretrained: str):
         clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
         tokenizer = open_clip.get_tokenizer(name)
         # A file does not say how to normalise colours: then as for the first weights listed.
-        tag = pretrained if pretrained in tags else "".join(tags[:1])
+        tag = pretrained if pretrained in tags else next(iter(tags), "")
         known = open_clip.get_pretrained_cfg(name, tag)
         mean = known.get("mean") or open_clip.OPENAI_DATASET_MEAN
         std = known.get("std") or open_clip.OPENAI_DATASET_STD
@@ -487,7 +490,8 @@ class LoRA(nn.Module):
         return weight + self.B @ self.A
 
 def add_lora(model, rank: int):
-    """Freeze the model, and put an adapter on every nn.Linear and attention matrix in it."""
+    """Freeze the model. From now on each nn.Linear or attention matrix W in it is read as W + B A:
+    a parametrization computes that whenever W is asked for."""
     model.requires_grad_(False)
     for module in list(model.modules()):
         # MultiheadAttention packs queries, keys and values into one matrix, which is no nn.Linear.
@@ -522,14 +526,14 @@ def put_weights(model, weights: dict[str, torch.Tensor]):
     model.load_state_dict(weights, strict=False)
 
 # 3. The learning objectives --------------------------------
-# An objective says which of these vectors should be closer, and which farther apart. Three ideas:
+# An objective says which of these vectors should be closer, and which farther apart. Four ideas:
 #     order in a video        a later frame beats an earlier      triplet, r3m
 #     videos and sentences    the right pair beats wrong ones     liv, r3m
 #     distance in time        near in time is near in space       tcn, r3m
 #     value                   how many steps are left to go?      vip, liv
 # These five are the paper's. More are in data/objectives/, one a file. TCN and VIP see no sentence:
-# the reward under test, the cosine with one, changes only by accident. As in the paper they are
-# tested by it all the same: what do pictures alone teach?
+# the reward under test, the cosine with a sentence, changes only by accident. As in the paper they
+# are tested by it all the same: what do pictures alone teach?
 # Each gets the same batch, B videos of B different tasks and K = 5 frames of each, and returns one
 # number, a scalar tensor:
 #     frames  (B, K, D)   unit vectors of the frames start < now < next = now + 1 < later < end
@@ -544,9 +548,10 @@ def put_weights(model, weights: dict[str, torch.Tensor]):
 # CE(M) is the mean over the rows i of -log softmax(M_i)_i; eps = 1e-8 keeps logarithms finite;
 # means are over the batch.
 #
-# Default constants are the authors' (but VIP's scale, and triplet's): with them a loss returns what
-# their code returns, value and gradient (data/tests/golden/). Our runs use those in OBJECTIVES.
-# Official batches of R3M and LIV have a sixth frame: hence [:, :5] and [:, -1] below.
+# Default constants are the authors' (VIP's scale and triplet's margin are ours): with them a loss
+# returns what their code returns, value and gradient (data/tests/golden/). Our runs use the
+# constants in OBJECTIVES instead. The authors' batches of R3M and LIV have a sixth frame: hence
+# [:, :5] and [:, -1] below.
 
 LOG_EPS = math.log(1e-8)  # -18.4
 
@@ -559,16 +564,17 @@ def negative_distance(a: torch.Tensor, b: torch.Tensor):
     return -torch.linalg.vector_norm(a - b, dim=-1)
 
 def negative_permutations(n: int, batch: int):
-    """Cyclic shifts by 1, 2, ... places: (min(n, B - 1), B). No video meets itself, and as a batch
-    comes in random order, others meet by chance."""
+    """Cyclic shifts by 1, 2, ... places: (min(n, B - 1), B). No video meets itself. Which others it
+    meets is chance, as a batch comes in random order."""
     shifts = torch.arange(1, min(n, batch - 1) + 1)
     return (torch.arange(batch) + shifts[:, None]) % batch
 
 def triplet_loss(frames, texts, times, margin: float = 0.1):
     """Triplet: of two frames, the later one is closer to the instruction, by a margin.
         L = mean over pairs early < late of max(0, margin - cos(late, l) + cos(early, l))
-    Notice: nothing but order. Nothing ties a sentence to its task. Source: the baseline of
-    2512.20675, in a form of ours, as we have not seen theirs: all ten pairs. Uses cosine().
+    Notice: only order counts. There is no wrong sentence: nothing ties a sentence to its task.
+    Source: the baseline of 2512.20675, in a form of ours, as we have not seen theirs: all ten
+    pairs. Uses cosine().
     """
     reward = cosine(frames, texts[:, None])  # (B, K)
     early, late = torch.triu_indices(frames.shape[1], frames.shape[1], offset=1)
@@ -581,8 +587,8 @@ def info_nce(scores: torch.Tensor):
     return (rows + columns).mean() / 2
 
 def softmax_loss(positive: torch.Tensor, negatives: list[torch.Tensor]):
-    """-log(eps + p), p = exp(pos) / (eps + exp(pos) + sum exp(neg)), elementwise: (B,). Uses
-    LOG_EPS, as one more logit: no exp() ever overflows."""
+    """-log(eps + p), p = exp(pos) / (eps + exp(pos) + sum exp(neg)), elementwise: (B,). As eps is
+    exp(LOG_EPS), it is one more logit in both sums: no exp() ever overflows."""
     floor = torch.full_like(positive, LOG_EPS)
     logits = torch.stack([positive, *negatives, floor])  # (2 + negatives, B)
     log_p = positive - torch.logsumexp(logits, dim=0)
@@ -590,8 +596,9 @@ def softmax_loss(positive: torch.Tensor, negatives: list[torch.Tensor]):
 
 def tcn_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3):
     """TCN, time-contrastive: frames close in time are close, far in time far, other videos far.
-        L = 1/2 mean [ -log p(s2, s1) - log p(s1, s0) ],  p of softmax_loss() over -|a - b| / temp:
-        (s2, s1) against (s2, s0) and (s2, other s2), (s1, s0) against (s2, s0) and (s0, other s0)
+        L = mean of two softmax_loss() of similarities -|a - b| / temp:
+            (s2, s1) beats (s2, s0) and (s2, others' s2)
+            (s1, s0) beats (s2, s0) and (s0, others' s0)
     Notice: no sentence. TCN's own reward would be -|o - og|, which needs a picture of the goal.
     Source: Sermanet et al., 1704.06888, as in R3M's code (r3m/trainer.py). Differs: there s2 need
     not be the end. Uses softmax_loss(), negative_distance() and negative_permutations().
@@ -617,10 +624,10 @@ def norm_penalty(frames: torch.Tensor, l1: float, l2: float):
 def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
              l1: float = 1e-5, l2: float = 1e-5):
     """R3M: TCN, and under the instruction a later frame beats an earlier one and other videos.
-        L = L_tcn + mean 1/3 sum_(pos, neg) -log p(pos) + l1 |x|_1 + l2 |x|_2,  p of cos(pos, l) /
-        temp against cos(neg, l) / temp and cos(other videos' pos, l) / temp under the SAME l;
-        (pos, neg) = (end, start), (s1, s0), (s2, s1)
-    Notice: it must tell frames and videos apart by the sentence, so it keeps reading it. Source:
+        L = L_tcn + mean of three softmax_loss() of scores cos(o, l) / temp + l1 |x|_1 + l2 |x|_2:
+            end beats start and others' end, all under the SAME l
+            s1 beats s0 and others' s1, s2 beats s1 and others' s2
+    Notice: only the sentence says which video is right, so the model must keep reading it. Source:
     Nair et al., 2203.12601, r3m/trainer.py. Differs: there an MLP over first frame, frame and
     DistilBERT, here the cosine; s2 = end, unless a sixth frame is the end. Uses tcn_loss(),
     softmax_loss(), cosine(), norm_penalty() and negative_permutations().
@@ -641,12 +648,13 @@ def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
 
 def implicit_value_loss(value, start, now, next_, goal, gamma: float, perms):
     """The core of VIP and LIV. A value V(o; og), near 0 at the goal and the more negative the more
-    steps are left: each costs 1, so that V(o) = -1 + gamma V(o'), gamma < 1 for what is far ahead.
+    steps are left: each costs 1, so that V(o) = -1 + gamma V(o'). gamma < 1: far ones cost less.
         L = (1 - gamma) mean -V(o0; og) + log(eps + mean exp(1 + V(o; og) - gamma V(o'; og)))
             [ + the same second term over other videos' (o, o') under this goal ]
-    The second term punishes V(o) > -1 + gamma V(o'), a step that seems to cost less than 1; as a
-    soft maximum it goes for the worst. Alone it would push V down for ever: the first pulls the
-    start up. value(o, goal) gives V; perms (n, B). Derived in 2210.00030. Uses LOG_EPS.
+    The second term punishes V(o) > -1 + gamma V(o'), a step that seems to cost less than 1; log
+    mean exp is a soft maximum: the worst steps count most. Alone it would push V down for ever: the
+    first pulls the start up. value(o, goal) gives V; perms (n, B). Derived in 2210.00030. Uses
+    LOG_EPS.
     """
     def step_penalty(now, next_):
         residual = 1 + value(now, goal) - gamma * value(next_, goal)
@@ -662,9 +670,9 @@ def vip_loss(frames, texts, times, scale: float = 1.0, gamma: float = 0.98, nega
              l1: float = 1e-3, l2: float = 1e-3):
     """VIP: the distance to the goal image shrinks with every step, learnt as a value function.
         L = implicit_value_loss(V) + l1 |x|_1 + l2 |x|_2,  V(o; og) = -scale |o - og|
-    Notice: no sentence. Unit vectors are 2 apart at most, while a goal 23 frames away, our longest
-    way, should get V = -(1 + .98 + ... + .98^22) = -18.6: so scale, which is ours. Source: Ma et
-    al., 2210.00030, vip/trainer.py. Differs: the goal ends the episode, not a part of it. Uses
+    Notice: no sentence. Unit vectors are 2 apart at most, while a goal 23 frames away, the most in
+    our data, should get V = -(1 + .98 + ... + .98^22) = -18.6: so scale, which is ours. Source: Ma
+    et al., 2210.00030, vip/trainer.py. Differs: the goal ends the episode, not a part of it. Uses
     implicit_value_loss(), negative_distance(), norm_penalty() and negative_permutations().
     """
     def value(frame, goal):
@@ -681,7 +689,7 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
         L = info_nce(M) + implicit_value_loss(V; goal og) + w_lang implicit_value_loss(V; goal l),
         V(o; og) = cos(o, og) / (1 - gamma),  M_ij = cos(og_i, l_j) / temp
     Notice: with the official w_lang = 0 a sentence meets the end of its video and no other frame.
-    Here V, from -50 to 50, counts no steps any more. That is the authors' choice.
+    V = cos / .02, from -50 to 50, no longer counts steps. That is the authors' choice.
     Source: Ma et al., 2306.00958, liv/trainer.py, finetune.yaml. Differs: only in how the batch is
     drawn. Uses implicit_value_loss(), info_nce(), cosine() and negative_permutations().
     """
@@ -690,8 +698,8 @@ def liv_loss(frames, texts, times, temperature: float = 1.0, gamma: float = 0.98
 
     start, now, next_, _, end = frames[:, :5].unbind(1)
     perms = negative_permutations(negatives, len(frames))
-    ends = frames[:, -1]
-    loss = info_nce(cosine(ends[:, None], texts) / temperature)  # (B, B)
+    last = frames[:, -1]
+    loss = info_nce(cosine(last[:, None], texts) / temperature)  # (B, B)
     loss = loss + implicit_value_loss(value, start, now, next_, end, gamma, perms)
     if language_weight:
         by_text = implicit_value_loss(value, start, now, next_, texts, gamma, perms)
@@ -702,37 +710,16 @@ def cosine_reward(frames: torch.Tensor, text: torch.Tensor):
     """The reward under test, of unit vectors: frames (E, T, D), text (D,) -> (E, T)."""
     return frames @ text
 
-# {name: (loss, learning rate, constants, does it read the sentence?)}. Rates and constants were the
-# best of a few on fourteen of the forty tasks, left out for that (data/study/study.py tune).
+# {name: (loss, learning rate, constants, does it read the sentence?)}. Rates and constants: the
+# best of a few by 14 of the 40 tasks, which were left out of that training (data/study/study.py).
 OBJECTIVES = {
     "triplet": (triplet_loss, 2e-3, {"margin": 0.1}, True),
     "tcn": (tcn_loss, 2e-3, {"temperature": 0.1}, False),
     "r3m": (r3m_loss, 2e-3, {"temperature": 0.1}, True),
     "vip": (vip_loss, 2e-3, {"scale": 20.0}, False),
     "liv": (liv_loss, 5e-4, {"temperature": 0.1}, True),
-    "zeroshot": (None, 1e-3, {}, True),  # the backbone as it is
+    "zeroshot": (None, 1e-3, {}, True),  # the backbone as it is: no rate is used
 }
-
-def get_objective(name: str):
-    """What a name in OBJECTIVES, or a Python file, defines. A file has at least one of
-        loss(frames, texts, times)                     see above
-        reward(frames (E, T, D), text (D,)) -> (E, T)  under test in place of the cosine
-        TUNED = (learning rate, {constant: value})     handed to the loss
-        LABELS = "rewards"                             times (B, K) are the simulator's rewards
-        COSINE = False                                 the loss does not read the texts
-    Raises InputError."""
-    if name in OBJECTIVES:
-        loss, rate, constants, reads = OBJECTIVES[name]
-        defined = {"loss": loss, "TUNED": (rate, constants), "COSINE": reads}
-    else:
-        with running(name):
-            defined = runpy.run_path(name)
-        if "loss" not in defined and "reward" not in defined:
-            raise InputError(f"{name} defines neither loss() nor reward()")
-        if defined.setdefault("LABELS", "times") not in ("times", "rewards"):
-            raise InputError(f"{name}: LABELS must be times or rewards")
-    return {"loss": None, "reward": cosine_reward, "TUNED": (2e-3, {}), "LABELS": "times",
-            "COSINE": "reward" not in defined, **defined}
 
 @contextlib.contextmanager
 def running(name: str):
@@ -748,9 +735,30 @@ def running(name: str):
                 where = f"{name}, line {call.lineno}"
         raise InputError(f"{where}: {type(problem).__name__}: {problem}") from problem
 
+def get_objective(name: str):
+    """What a name in OBJECTIVES, or a Python file, defines. A file has at least one of
+        loss(frames, texts, times)                     see above
+        reward(frames (E, T, D), text (D,)) -> (E, T)  under test in place of the cosine
+        TUNED = (learning rate, {constant: value})     handed to the loss
+        LABELS = "rewards"                             times (B, K) are the simulator's rewards
+        COSINE = False                                 the loss does not read the sentence
+    Raises InputError."""
+    if name in OBJECTIVES:
+        loss, rate, constants, reads = OBJECTIVES[name]
+        defined = {"loss": loss, "TUNED": (rate, constants), "COSINE": reads}
+    else:
+        with running(name):
+            defined = runpy.run_path(name)
+        if "loss" not in defined and "reward" not in defined:
+            raise InputError(f"{name} defines neither loss() nor reward()")
+        if defined.setdefault("LABELS", "times") not in ("times", "rewards"):
+            raise InputError(f"{name}: LABELS must be times or rewards")
+    return {"loss": None, "reward": cosine_reward, "TUNED": (2e-3, {}), "LABELS": "times",
+            "COSINE": "reward" not in defined, **defined}
+
 # 4. The training loop --------------------------------------
 # A step: draw a batch, embed it, ask the objective for its number, move the weights. The learning
-# rate climbs while AdamW has seen few gradients, and falls to 0, so that the last steps settle.
+# rate climbs first, while AdamW's averages are new, and falls to 0, so that the last steps settle.
 
 def training_episodes(data: Dataset) -> dict[str, list[int]]:
     """The episodes to train on, {task: their numbers}. Raises InputError if there are none."""
@@ -832,7 +840,7 @@ def train(model: RewardModel, data: Dataset, instructions: dict, loss_function, 
         optimizer.param_groups[0]["lr"] = rate_at(step, steps, config["learning_rate"])
         optimizer.step()
 
-        with torch.no_grad():  # the share of neighbours in time that this batch had in order
+        with torch.no_grad():  # how often the reward rose from one frame to the next
             ordered = (cosine(frames, texts[:, None]).diff(dim=1) > 0).float().mean().item()
         log.append({"step": step, "loss": loss.item(), "ordered": ordered})
         bar.set_postfix(loss=f"{loss.item():.3f}", ordered=f"{ordered:.2f}", refresh=False)
@@ -844,7 +852,7 @@ def backward(loss, texts: torch.Tensor, weights: list, step: int, config: dict):
     """Give the weights their gradients. Raises InputError if these are none, or not finite."""
     if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
         raise InputError("the loss must be one number, a tensor made of the embeddings")
-    texts.retain_grad()  # backward() leaves a gradient there if the loss has read the texts
+    texts.retain_grad()  # loss.backward() leaves a gradient there if the loss has read the texts
     loss.backward()
     if texts.grad is None and config.get("cosine"):
         raise InputError("the loss does not read the texts, so the reward, their cosine with the "
@@ -911,11 +919,11 @@ def ranking_accuracy(predicted: np.ndarray, true_reward: np.ndarray, pairs: str 
     (E, T) -> 0 to 1, NaN without pairs. pairs: "within" an episode, "across" different ones, or at
     the "same_time" of different ones. Worse: its true reward is lower by more than the threshold,
     which is our choice."""
-    # One column (E T, 1) each: a comparison with its transpose is one of all pairs.
+    # As columns (E T, 1): a column against its transpose compares row i with column j, all pairs.
     episode, frame = np.indices(predicted.shape).reshape(2, -1, 1)
     p = predicted.reshape(-1, 1)
     r = np.float64(true_reward).reshape(-1, 1)
-    worse = r.T < r - threshold  # (E T, E T)
+    worse = r.T < r - threshold  # (E T, E T): is frame j worse than frame i?
     same_episode = episode == episode.T
     worse &= same_episode if pairs == "within" else ~same_episode
     if pairs == "same_time":
@@ -924,9 +932,10 @@ def ranking_accuracy(predicted: np.ndarray, true_reward: np.ndarray, pairs: str 
     return right / worse.sum() if worse.any() else math.nan
 
 def reading_metrics(under: np.ndarray, own: int, opposite: int) -> dict[str, float]:
-    """Order and reading of a task's experts. under (M + 3, E, T): their rewards under each of the M
-    instructions, then under the task's 3 paraphrases. own, opposite: the rows of its instruction
-    and of the opposite one (own again if there is none: then NaN). Uses value_order_correlation().
+    """Order and reading of a task's experts. under (M + 3, E, T): the experts' rewards under each
+    of the M instructions, then under the task's 3 paraphrases. own, opposite: the rows of its
+    instruction and of the opposite one (own again if there is none: then NaN). Uses
+    value_order_correlation().
     """
     ends = under[:-3, :, -1]  # (M, E)
     first = (ends >= ends[own]).sum(0) == 1  # (E,): the own one, alone
@@ -938,8 +947,8 @@ def reading_metrics(under: np.ndarray, own: int, opposite: int) -> dict[str, flo
 
 def paired_p_value(scores: np.ndarray, reference: np.ndarray):
     """Do two objectives differ over the same tasks (n,)? If only chance set them apart, each task's
-    difference could as well have the other sign: p is the share of all such flips, or of 9,999
-    random ones if there are more, whose mean is as far from 0."""
+    difference could as well have the other sign: p is the share of all such flips whose mean is as
+    far from 0. If there are more than 9,999, so many random ones are drawn."""
     flips = scipy.stats.permutation_test(
         (scores - reference,), np.mean, permutation_type="samples", n_resamples=9999,
         random_state=0)
@@ -967,7 +976,8 @@ def evaluate(model: RewardModel, data: Dataset, instructions: dict, reward=cosin
     predicted = {}
     with pool, parametrize.cached():  # W + B A is computed once
         judged = tqdm(pool.map(judge, tasks), "evaluating", len(tasks), leave=False)
-        for task, (scores[task], rewards) in zip(tasks, judged):
+        for task, (scored, rewards) in zip(tasks, judged):
+            scores[task] = scored
             predicted.update(rewards)
     report = average_over_tasks(scores)
     report["predicted"] = dict(sorted(predicted.items()))
@@ -984,7 +994,7 @@ def evaluate_task(model, data, instructions, reward, texts, task: str) -> tuple[
     frames = model.embed_frames(pictures).cpu()  # (E, T, D)
     paraphrases = model.embed_texts(instructions[task]["paraphrases"]).cpu()
 
-    # With as many episodes as pictures a reward (T, E) would pass for (E, T): try one episode. It
+    # reward() must give (E, T). If E = T a wrong (T, E) would go unnoticed: try one episode. It
     # gets copies, in case it writes into them.
     shape = np.shape(reward(frames[:1].clone(), texts[0].clone()))
     texts = torch.cat([texts, paraphrases])  # (M + 3, D)
@@ -997,8 +1007,8 @@ def evaluate_task(model, data, instructions, reward, texts, task: str) -> tuple[
     p = under[own]
     ends = p[:, -1:]
     success = data.success[episodes, -1:]
-    # Experts are judged by time, mixed episodes by the simulator's reward, all by the latter across
-    # episodes. AUROC is the ranking accuracy of last pictures with success for the true reward.
+    # VOC judges experts by time, "within" and "same_time" judge mixed episodes by the simulator's
+    # reward, "across" all. AUROC is the ranking accuracy of last pictures, success being the truth.
     scores = reading_metrics(under[:, expert], own, opposite)
     for pairs in ("within", "same_time"):
         scores[f"ranking_accuracy_{pairs}"] = ranking_accuracy(p[~expert], truth[~expert], pairs)
@@ -1008,8 +1018,9 @@ def evaluate_task(model, data, instructions, reward, texts, task: str) -> tuple[
     return scores, dict(zip(episodes.tolist(), p.tolist()))
 
 def average_over_tasks(tasks: dict[str, dict]):
-    """{"seen", "unseen": {metric: {value, tasks, interval}}, "tasks"} of {task: {metric: score}}.
-    The interval is a bootstrap: 95 % of the means over tasks drawn again with replacement."""
+    """{task: {metric: score}} -> {"seen": means, "unseen": means, "tasks": what was given}. Means
+    are {metric: {"value", "tasks" (how many), "interval"}}. The interval is a bootstrap: 95 % of
+    the means over tasks drawn again with replacement."""
     report = {"seen": {}, "unseen": {}, "tasks": tasks}
     for group, metric in itertools.product(("seen", "unseen"), METRICS):
         scores = [found[metric] for task, found in tasks.items()
@@ -1023,9 +1034,10 @@ def average_over_tasks(tasks: dict[str, dict]):
 # 6. A run: settings in, a folder out -----------------------
 # config.json is the first file in the folder, metrics.json the last: with it a folder is whole.
 
+# Numbers of episodes, made of seeds in collect_task(), stay below 2**32.
 RANGES = {"seed": (0, 400_000), "seeds": (1, 1000), "lora": (0, 1000), "steps": (1, 10**6),
-          "batch": (1, 10_000), "learning_rate": (1e-9, 1), "expert": (1, 1000), "mixed": (0, 4000),
-          "frames": (5, 1000), "size": (8, 1000), "workers": (1, 1000)}  # seeds: see collect_task()
+          "batch": (1, 10_000), "learning_rate": (1e-9, 1), "expert": (1, 1000), "mixed": (0, 1000),
+          "frames": (5, 1000), "size": (8, 1000), "workers": (1, 1000)}
 
 def check_numbers(numbers: dict):
     """Raise InputError for a number out of range, among the options or in a config.json."""
@@ -1051,7 +1063,7 @@ def configuration(args, objective: str, seed: int):
     if args.backbone == "tiny" and args.pretrained is None:
         config["pretrained"] = DATA / "tiny.safetensors"
     for name in ("objective", "pretrained", "data", "instructions"):
-        path = Path(config[name] or "").resolve()
+        path = Path(config[name] or "").resolve()  # "": --pretrained was not given
         if path.is_file() and config[name] not in OBJECTIVES:  # else it is a name
             # An objective may import the files beside it: they count, too.
             files = sorted(path.parent.glob("*.py")) if name == "objective" else [path]
@@ -1068,8 +1080,8 @@ def configuration(args, objective: str, seed: int):
         return json.loads(json.dumps(config, default=os.fspath))  # as it will be read again
 
 def claim_folder(config: dict, runs: Path) -> tuple[Path, bool]:
-    """The folder of a run, runs/triplet-seed0 or -2, -3, ..., the first that is free or has just
-    this run, and whether it was free. One process alone can create the config.json in it."""
+    """The folder of a run, runs/triplet-seed0 or -2, -3, ..., the first that is free or holds this
+    very run, and whether it was free. One process alone can create the config.json in it."""
     name = f"{Path(config['objective']).stem}-seed{config['seed']}"
     for n in itertools.count(1):
         folder = runs / (f"{name}-{n}" if n > 1 else name)
@@ -1102,7 +1114,7 @@ def prepare_model(config: dict, device: str = "auto"):
         model.low_precision = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return model.to(device)
 
-@torch.inference_mode(False)  # whatever the caller is in: its tensors cannot tell a change
+@torch.inference_mode(False)  # score() needs _version, which tensors made in that mode lack
 def load_reward_model(folder, device: str = "auto"):
     """The trained model of a run's folder, ready to score(pictures, sentence), or InputError."""
     settings = Path(folder, "config.json")
@@ -1156,7 +1168,7 @@ def train_and_evaluate(config: dict, folder: Path, device: str):
     parts = get_objective(config["objective"])
     data = Dataset(config["data"])
     if not len(data.select(split="test", source="expert")):
-        raise InputError(f"{data.path} has no experts to test on: a task needs at least 4")
+        raise InputError(f"{data.path} has no experts to test on: collect at least 4 a task")
     instructions = load_instructions(config["instructions"], data.task)
     model = prepare_model(config, device)
     for entry in instructions.values():
@@ -1185,7 +1197,7 @@ def run_all(args):
         for objective in (OBJECTIVES if name == "all" else [name]):
             for seed in range(args.seed, args.seed + args.seeds):
                 config = configuration(args, objective, seed)
-                if config not in configs:  # or it has two names
+                if config not in configs:  # an objective may be given twice
                     configs.append(config)
     reports = {}
     for config in configs:
@@ -1194,7 +1206,7 @@ def run_all(args):
     if len(configs) > 1:
         compare(reports, args.runs)
     else:
-        print_report(report)
+        print_report(report)  # the only one
 
 def print_report(report: dict):
     """The table of one run."""
@@ -1252,20 +1264,22 @@ def draw_curves(report: dict, data: Dataset, instructions: dict, path: Path):
     axes = figure.subplots(5, 2, width_ratios=(3, 1))
     failed = (data.source == "mixed") & ~data.success.any(1)
     kinds = itertools.product((data.source == "expert", failed), ("seen", "unseen"))
-    for (strip, axis), (fits, group) in zip(axes, kinds):
+    for (strip, axis), (fits, group) in zip(axes, kinds):  # the fifth row is for the loss
         episodes = [e for e in report["predicted"] if fits[e] and group_of(data.task[e]) == group]
-        for e in episodes[len(episodes) // 2:][:1]:
-            shown = data.pictures(e)[np.linspace(0, data.T - 1, 8).astype(int)]
-            shown = np.pad(shown, ((0, 0), (0, 0), (2, 2), (0, 0)), constant_values=255)
-            strip.imshow(np.concatenate(shown, axis=1))
-            strip.set_title(f"{instructions[data.task[e]]['instruction']} ({data.source[e]}, "
-                            f"{group} task)", loc="left", fontsize=11, parse_math=False)
-            axis.plot(report["predicted"][e], color="#c8384e")
-            axis.set_ylabel("model's reward", color="#c8384e")
-            if np.ptp(data.rewards[e]):  # those of films are unknown, and all 0
-                axis = axis.twinx()
-                axis.plot(data.rewards[e], color="#30638e")
-                axis.set_ylabel("simulator's", color="#30638e")
+        if not episodes:
+            continue
+        e = episodes[len(episodes) // 2]
+        shown = data.pictures(e)[np.linspace(0, data.T - 1, 8).astype(int)]
+        shown = np.pad(shown, ((0, 0), (0, 0), (2, 2), (0, 0)), constant_values=255)
+        strip.imshow(np.concatenate(shown, axis=1))
+        strip.set_title(f"{instructions[data.task[e]]['instruction']} ({data.source[e]}, "
+                        f"{group} task)", loc="left", fontsize=11, parse_math=False)
+        axis.plot(report["predicted"][e], color="#c8384e")
+        axis.set_ylabel("model's reward", color="#c8384e")
+        if np.ptp(data.rewards[e]):  # videos of no simulator have none: all 0
+            axis = axis.twinx()
+            axis.plot(data.rewards[e], color="#30638e")
+            axis.set_ylabel("simulator's", color="#30638e")
     axes[-1, 1].plot([entry["loss"] for entry in report["log"]], color="0.3")
     axes[-1, 1].set(xlabel="step", ylabel="loss")
     for strip in axes[:, 0]:
@@ -1273,35 +1287,6 @@ def draw_curves(report: dict, data: Dataset, instructions: dict, path: Path):
     png = io.BytesIO()
     figure.savefig(png, dpi=110)
     write_whole(path, png.getvalue())
-
-def read_pictures(path: Path):
-    """Yield the pictures of a film, an image or a folder of numbered images, PIL's, upright, RGB.
-    Raises InputError."""
-    if path.is_dir():  # 10.png comes after 9.png
-        for file in sorted(path.glob("[!.]*"), key=lambda file: (len(file.name), file.name)):
-            yield from read_pictures(file)
-        return
-    with reading(path):
-        try:
-            images = ImageSequence.Iterator(Image.open(path))
-        except UnidentifiedImageError:  # a film
-            images = map(Image.fromarray, imageio.imiter(path))
-        for image in images:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("its values are not bytes")
-            yield ImageOps.exif_transpose(image).convert("RGB")
-
-def score(args):
-    """Print the rewards of what read_pictures() finds. data/tools/show.py draws them."""
-    model = load_reward_model(args.model, args.device)
-    rewards = []
-    for picture in read_pictures(args.score):
-        rewards.append(model.score(np.asarray(picture)[None], args.instruction).item())
-        print(f"picture {len(rewards) - 1:5}   reward {rewards[-1]:.4f}")
-    if not rewards:
-        raise InputError(f"{args.score} has no pictures in it")
-    voc = value_order_correlation(np.array(rewards))
-    print(f"VOC {voc:.2f} (1: rises all along) by {args.model}")
 
 # 7. The command line ---------------------------------------
 
@@ -1328,10 +1313,6 @@ def parse_arguments(argv: list[str] = None):
     add("--instructions", type=Path, default=DATA / "instructions.json", help="its sentences")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--runs", type=Path, default=Path("runs"), help="where their folders are (runs)")
-    add = parser.add_argument_group("using a run").add_argument
-    add("--score", type=Path, metavar="VIDEO", help="reward a film, or picture(s)")
-    add("--instruction", help="what it should show")
-    add("--model", type=Path, default=Path("runs/triplet-seed0"), help="(runs/triplet-seed0)")
     add = parser.add_argument_group("making a data set").add_argument
     add("--collect", action="store_true", help="write episodes to --data")
     add("--tasks", nargs="+", default=[], help="such as drawer-open-v3 (all 50)")
@@ -1349,8 +1330,6 @@ def parse_arguments(argv: list[str] = None):
             args.objective[k] = str(known)
         elif name not in ("all", *OBJECTIVES) and not (Path(name).is_file() and name[-3:] == ".py"):
             raise InputError(f"{name!r} is not all, {names}, or a Python file")
-    if args.score and not args.instruction:
-        raise InputError("--score needs --instruction, a sentence")
     if args.frames * args.size > 16383:
         raise InputError("--frames x --size is over 16383, the limit of WebP")
     return args
@@ -1363,8 +1342,6 @@ def main(argv: list[str] = None):
         args = parse_arguments(argv)
         if args.collect:
             collect(args)
-        elif args.score:
-            score(args)
         else:
             run_all(args)
     except (InputError, OSError, BrokenExecutor) as problem:  # OSError: a full disk, say

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import vlmrm
-from study import FIRST, RESULTS, WAYS
+from study import FIRST, RESULTS
 from tables import ORDER, SAME, label, load, mean_of, remark_of
 
 BLUE = "#30638e"

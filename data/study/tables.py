@@ -235,7 +235,7 @@ def folds_table(folds: dict, reference: str) -> str:
                   "opposite gap (18 tasks)", f"VOC: {reference} minus it", "p",
                   f"same time: {reference} minus it", "p"], list(rows.values()))
 
-# 3. Tables of the benchmark and of the policies -------------------------------------------------
+# 3. The benchmark -------------------------------------------------------------------------------
 
 def benchmark_table(measured: dict) -> str:
     """Pictures a second of each part."""
@@ -252,56 +252,6 @@ def benchmark_table(measured: dict) -> str:
         rows.append(row)
     return table(["frames/s", "ours", "limit (ours / it)"], rows)
 
-def outcomes(found: dict, groups=("seen", "unseen")) -> dict[str, np.ndarray]:
-    """{row: what policy.py found (tasks, seeds, 2)} for the tasks of some groups."""
-    rows = {}
-    for job, cells in found["jobs"].items():
-        task, _, _ = job.partition(", ")
-        if vlmrm.group_of(task) in groups:
-            for row, pair in cells.items():
-                rows.setdefault(row, {}).setdefault(task, []).append(pair)
-    return {row: np.array(list(by_task.values())) for row, by_task in rows.items()}
-
-def policy_table(found: dict) -> str:
-    """Success of policies by what picked their episodes, mean ± std over seeds, the share that is
-    of the way from all alike to the simulator's reward, and p over all tasks."""
-    titles = ["weights from"]
-    rows = {row: [row] for row in outcomes(found)}
-    for group in ("seen", "unseen"):
-        won = {row: pairs[..., 0] for row, pairs in outcomes(found, [group]).items()}
-        if not won:
-            continue
-        low = won["all alike"].mean()
-        high = won["the simulator's reward"].mean()
-        titles += [f"success, {len(won['all alike'])} {group} tasks", "share of the way"]
-        for row, successes in won.items():  # (tasks, seeds)
-            text = f"{successes.mean():.2f}"
-            if successes.shape[1] > 1:
-                text += f" ± {successes.mean(0).std(ddof=1):.2f}"
-            share = f"{(successes.mean() - low) / (high - low):.2f}" if high > low else ""
-            rows[row] += [text, share]
-    if "zeroshot" in found["metrics"]:
-        add_p_values(found, titles, rows)
-
-    def place(row):
-        return row not in found["metrics"], rows[row][1:]
-
-    return table(titles, [rows[row] for row in sorted(rows, key=place, reverse=True)])
-
-def add_p_values(found: dict, titles: list[str], rows: dict[str, list[str]]) -> None:
-    """Add a column to policy_table(), where there are tasks enough to compute it."""
-    titles.append("p, against `zeroshot`")
-    won = {row: pairs[..., 0].mean(1) for row, pairs in outcomes(found).items()
-           if row in found["metrics"]}  # (tasks,)
-    p = {}
-    if len(won["zeroshot"]) > 1:
-        p = corrected_p_values(won, "zeroshot")
-    else:
-        titles[-1] += " (one task: none)"
-    for row in rows:
-        text = "" if row not in won or row == "zeroshot" else "-"
-        rows[row].append(f"{p[row]:.3f}" if row in p else text)
-
 # 4. The pages -------------------------------------------------------------------------------------
 
 def tables(root: Path) -> dict[str, str]:
@@ -312,8 +262,7 @@ def tables(root: Path) -> dict[str, str]:
         "result": result_sentence(folds), "short": short_table(runs),
         "comparison": comparison_table(runs), "reading": reading_table(runs),
         "more": more_table(runs), "folds": folds_table(folds, "triplet"),
-        "benchmark": benchmark_table(vlmrm.read_json(root / "benchmark.json")),
-        "policy": policy_table(vlmrm.read_json(root / "policy.json"))}
+        "benchmark": benchmark_table(vlmrm.read_json(root / "benchmark.json"))}
 
 def fill(page: str, made: dict[str, str]) -> str:
     """A page with the tables between <!-- name --> and <!-- end of name --> made anew."""

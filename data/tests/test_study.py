@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import sys
 
 os.environ.setdefault("MUJOCO_GL", "osmesa")  # mujoco reads it once
 import numpy as np
@@ -12,13 +11,12 @@ import pytest
 import scipy.stats
 import torch
 
-from conftest import ROOT, unit
+from conftest import ROOT
 
 import vlmrm
 
 import common
 import pictures
-import policy
 import scenes
 import study
 import tables
@@ -254,130 +252,6 @@ def test_folds_leave_out_every_task_once(small, tmp_path, monkeypatch):
     for folds in rows.values():
         assert [list(fold) for fold in folds] == [
             ["drawer-open-v3"], [], ["push-v3"], ["reach-v3"], ["sweep-v3"]]
-
-# Policies -----------------------------------------------------------------------------------------
-
-def test_weights_of_episodes_by_hand():
-    """Scores of 0 and 1 are a standard deviation off either way, on any scale."""
-    expected = pytest.approx(np.exp([-4, 4]))
-    assert policy.weigh(np.array([0.0, 1.0])) == expected
-    assert policy.weigh(np.array([7.0, 7.5])) == expected
-    assert policy.weigh(np.full(3, 0.25)).tolist() == [1, 1, 1]
-
-def test_a_policy_does_what_its_weights_say():
-    """Half of the episodes act by one rule, half by another: each row of weights learns its own."""
-    states = np.random.default_rng(0).normal(size=(6, 40, 3))
-    first = states[..., :1].repeat(4, -1).clip(-1, 1)
-    second = (0.5 - states[..., 1:2].repeat(4, -1)).clip(-1, 1)
-    episodes = []
-    for e in range(6):
-        episodes.append({"states": states[e], "actions": (first, second)[e % 2][e]})
-    weights = np.array([[1.0, 0] * 3, [0, 1.0] * 3])
-    policies = policy.clone(episodes, weights, {"seed": 0, "steps": 600})
-    for act, actions in zip(policies, (first, second)):
-        errors = [act(state) - action for state, action in zip(states[0], actions[0])]
-        assert np.abs(errors).mean() < 0.15
-
-class Stub:
-    """An environment and an expert that do nothing."""
-    data = None
-
-    def seed(self, seed):
-        pass
-
-    def get_action(self, state):
-        return [9] * 4
-
-def test_an_episode_goes_wrong(monkeypatch):
-    """From the fourth step on: then the same action ten times, another ten times."""
-    def roll_out(env, actor, *_, **options):
-        for k in range(20):
-            actor.get_action(np.full(39, k))
-        return [({}, float(k), k > 15) for k in range(20)]
-
-    monkeypatch.setattr(vlmrm, "roll_out", roll_out)
-    monkeypatch.setattr(vlmrm, "draw", lambda *_: np.zeros((2, 2, 3), np.uint8))
-    episode = policy.record(Stub(), Stub(), None, 0, wrong_from=3)
-    actions = np.array(episode["actions"])
-    assert (actions[:3] == 1).all() and (actions[3:13] == actions[3]).all()
-    assert (actions[13:] == actions[13]).all() and len(np.unique(actions[:, 0])) == 3
-    assert episode["true"] == 17 and episode["done"] and len(episode["pictures"]) == 6
-
-def test_an_expert_that_hardly_ever_succeeds_is_refused(monkeypatch):
-    def record(*_):
-        return {"done": False, "states": []}
-
-    monkeypatch.setattr(policy, "record", record)
-    with pytest.raises(vlmrm.InputError, match="hardly ever"):
-        policy.record_all(None, Stub, None, {"task": "reach-v3", "seed": 0, "episodes": 7})
-
-@pytest.mark.rendering
-def test_policies_from_rewards(finished, tmp_path, monkeypatch, capsys):
-    """A small study, which says how much there is to do and is not done again; then what is
-    refused."""
-    try:
-        vlmrm.open_task("drawer-close-v3", 32)[2].close()
-    except (vlmrm.InputError, AttributeError) as problem:  # AttributeError: in PyOpenGL
-        pytest.skip(f"cannot render: {problem}")
-    out = tmp_path / "policy.json"
-
-    def run(*runs, options=()):
-        arguments = ["--tasks", "drawer-close-v3", "--episodes", 7, "--starts", 2, "--steps", 20,
-                     "--seeds", 1, "--out", out, *options]
-        status = common.main(policy.parser(), policy.work, [*map(str, [*runs, *arguments])])
-        return status, *capsys.readouterr()
-
-    status, printed, error = run(finished)
-    assert status == 0, error
-    assert printed.startswith("1 jobs, 4 policies") and len(printed.splitlines()) == 9
-    [cells] = vlmrm.read_json(out)["jobs"].values()
-    assert set(cells) == {"triplet", "all alike", "the simulator's reward", "experts alone"}
-    assert cells["all alike"][1] == 0.5
-    assert all(0 <= number <= 1 for pair in cells.values() for number in pair)
-    monkeypatch.setattr(policy, "compare", None)  # the second time there is no work
-    status, again, _ = run(finished)
-    assert status == 0 and again.splitlines()[1:] == printed.splitlines()[1:]
-    for runs, options, says in (
-            ([finished], ["--starts", 3], "other runs"), ([finished] * 2, [], "one run"),
-            ([tmp_path], [], "config.json"), ([finished], ["--tasks", "fly-v3"], "fly-v3"),
-            ([finished], ["--seeds", 0], "seeds")):
-        status, _, error = run(*runs, options=options)
-        assert status == 2 and says in error
-
-@pytest.mark.parametrize("objective", ["tcn", "clock", "vlm-rm"])
-def test_runs_whose_cosine_is_not_trained_score_by_their_own_reward(objective, toy, tmp_path):
-    """As their own evaluation does: the mean of the last five of six pictures."""
-    args = vlmrm.parse_arguments(["--data", str(toy.path), "--steps", "1", "--batch", "2",
-                                  "--objective", objective, "--device", "cpu"])
-    config = vlmrm.configuration(args, args.objective[0], 0)
-    folder, metrics = vlmrm.run(config, tmp_path, "cpu")
-    episodes = toy.select(task="reach-v3", split="test")
-    scores = policy.score(folder, "reach-v3", toy.load(episodes)[:, :6])
-    expected = [np.mean(metrics["predicted"][str(e)][1:6]) for e in episodes]
-    assert scores == pytest.approx(expected, abs=1e-5)
-
-def policies(*tasks):
-    """What policy.py would find: two seeds, a good model `a` and a bad one `zeroshot`."""
-    won = {"all alike": 0.2, "the simulator's reward": 0.6, "a": 0.5, "zeroshot": 0.3}
-    jobs = {}
-    for task, seed in itertools.product(tasks, (0, 2)):
-        jobs[f"{task}, seed {seed}"] = {
-            row: [share + 0.1 * seed, share] for row, share in won.items()}
-    return {"jobs": jobs, "metrics": {"a": {}, "zeroshot": {}}}
-
-def test_table_of_policies_by_hand():
-    """Of two seen tasks and an unseen one: eight ways to flip signs, two as far out."""
-    lines = tables.policy_table(policies(
-        "drawer-close-v3", "reach-v3", "drawer-open-v3")).splitlines()
-    assert "2 seen tasks" in lines[0] and "1 unseen tasks" in lines[0]
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| the simulator's reward", "| all alike", "| a", "| zeroshot"]
-    assert lines[4] == "| a | 0.60 ± 0.14 | 0.75 | 0.60 ± 0.14 | 0.75 | 0.250 |"
-
-def test_one_task_has_no_p():
-    lines = tables.policy_table(policies("reach-v3")).splitlines()
-    assert lines[0].endswith("(one task: none) |")
-    assert [line.split(" | ")[-1] for line in lines[2:]] == [" |", " |", "- |", " |"]
 
 # Scenes -------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Tests of the tools: what all of them do, a data set of films, a film of rewards, a model for the
 Hub, and an environment with a learned reward. LeRobot's data have a file of their own."""
 import importlib.util
+import os
 import re
 import shutil
 import weakref
@@ -76,7 +77,7 @@ def test_no_output_takes_the_place_of_a_file(place, capsys, monkeypatch, main, a
     Path("data").mkdir()
     for name in ("kept", "kept.gif", "clip-reward.gif", "data/sarm_progress.parquet"):
         Path(name).write_text("precious")
-    monkeypatch.setattr(vlmrm, "read_pictures", lambda path: pytest.fail("worked"))
+    monkeypatch.setattr(common, "read_pictures", lambda path: pytest.fail("worked"))
     monkeypatch.setattr(vlmrm, "load_reward_model", lambda *_: pytest.fail("worked"))
     before = {path: path.is_file() and path.read_bytes() for path in place.rglob("*")}
     refuses(main, arguments.split(), capsys, "exists")
@@ -110,7 +111,7 @@ def test_using_a_model_runs_no_code_of_its_run(place, finished, capsys, main, ar
 def test_ctrl_c_is_one_line(place, capsys, monkeypatch, main, arguments, name):
     def stop(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(vlmrm, name, stop)
+    monkeypatch.setattr(common if name == "read_pictures" else vlmrm, name, stop)
     assert main(arguments.split()) == 130
     one_line(capsys, "stopped", name=main.__module__)
 
@@ -133,7 +134,7 @@ def test_a_film_is_never_in_the_memory_as_a_whole(brightness, monkeypatch, reads
             yield picture
             most.append(sum(reference() is not None for reference in seen))
 
-    monkeypatch.setattr(vlmrm, "read_pictures", read_pictures)
+    monkeypatch.setattr(common, "read_pictures", read_pictures)
     reads(brightness)
     assert len(most) >= 200 and max(most) <= 3
 
@@ -222,27 +223,55 @@ def test_the_curve_is_where_its_columns_say():
     assert abs(int(np.argmin(tops)) - columns[7]) <= 3
     assert (np.diff(columns) > 20).all()
 
-def test_rewards_of_what_is_shown_are_those_of_the_model(finished, place):
-    """A photo turned by EXIF, upright as another file has it, is scored upright."""
-    model = vlmrm.load_reward_model(finished, "cpu")
-    Path("photos").mkdir()
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned clockwise by 90 degrees
-    for k, picture in enumerate(PICTURES):
-        on_its_side = Image.fromarray(np.rot90(picture))
-        on_its_side.save(f"photos/{k}.png", exif=turned)
-    rewards = show.score(model, Path("photos"), "push the puck")
-    assert rewards == pytest.approx(model.score(PICTURES, "push the puck"), abs=1e-5)
+@pytest.mark.parametrize("suffix", [".gif", ".mp4", ""])
+def test_rewards_of_a_film(finished, toy, place, capsys, suffix):
+    """A GIF, a film and a folder of images, a grey and a transparent one among them: the model's
+    scores of what another reader finds in them."""
+    path = Path(f"$clip{suffix}")
+    pictures = [Image.fromarray(picture).resize((64, 64)) for picture in toy.pictures(0)]
+    if suffix:
+        imageio.imwrite(path, np.stack(pictures))
+        shown = imageio.imread(path)
+    else:
+        path.mkdir()
+        pictures[:2] = [pictures[0].convert("L"), pictures[1].convert("RGBA")]
+        for k, picture in enumerate(pictures):  # 10.png comes after 9.png
+            picture.save(path / f"{k + 2}.png")
+        shown = np.stack([picture.convert("RGB") for picture in pictures])
+    sentences = ["open the $_$ drawer 🦾", "push"]
+    assert show.main([str(finished), str(path), *sentences]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    model = vlmrm.load_reward_model(finished)
+    for column, sentence in enumerate(sentences):
+        rewards = [model.score(picture[None], sentence).item() for picture in shown]
+        printed = [float(line.split()[2 + column]) for line in lines[:10]]
+        assert printed == pytest.approx(rewards, abs=1e-4)
+        voc = vlmrm.value_order_correlation(np.array(rewards))
+        assert lines[10 + column].startswith(f"VOC {voc:.2f}") and sentence in lines[10 + column]
+    assert lines[12:] == [f"see {(place / path.stem).absolute()}-reward.gif"]
+
+@pytest.mark.parametrize("orientation, turn", [(1, 0), (3, 180), (6, 90), (8, 270)])
+def test_a_photo_is_shown_upright(tmp_path, orientation, turn):
+    """However the camera was turned: EXIF says so."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lying = Image.fromarray(PICTURES[0]).rotate(turn, expand=True)
+    lying.save(tmp_path / "lying.png", exif=exif)
+    [found] = common.read_pictures(tmp_path / "lying.png")
+    assert (np.asarray(found) == PICTURES[0]).all()
 
 @pytest.mark.parametrize("name, content, says", [
     ("clip.mp4", b"", "cannot read"), ("clip.gif", b"GIF89a", "clip.gif"),
     ("clip.mp4", b"no film", "clip.mp4"), ("none.mp4", None, "none.mp4: ValueError: there is no"),
-    ("empty", None, "has no pictures in it")])
+    ("README.md", b"no film", "cannot read"), ("grey.png", None, "its values are not bytes"),
+    (os.devnull, None, "there is no such file"), ("empty", None, "has no pictures in it")])
 def test_films_that_are_not_shown(place, brightness, capsys, name, content, says):
+    """16 bits a pixel among them, and what would keep it waiting."""
     Path("empty").mkdir()
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 999).save("grey.png")
     if content is not None:
         Path(name).write_bytes(content)
-    refuses(show.main, ["run", name, "push"], capsys, says)
+    refuses(show.main, ["run", name, "push", "--out", "reward.gif"], capsys, says)
     assert not list(place.glob("*reward*"))
 
 # -----------------------------------------------------------------------------

@@ -14,7 +14,9 @@ except KeyboardInterrupt:
     print("\nstopped", file=sys.stderr)
     sys.exit(130)
 
+import imageio.v3 as imageio
 import matplotlib
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 class Parser(argparse.ArgumentParser):
     """Options. What is wrong with them is one line, too."""
@@ -64,3 +66,20 @@ def markdown_table(rows: list[list[str]]) -> str:
     """A table in Markdown. The first row is its head."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+def read_pictures(path: Path):
+    """Yield the pictures of a film, an image or a folder of numbered images, PIL's, upright, RGB.
+    Raises InputError."""
+    if path.is_dir():  # 10.png comes after 9.png
+        for file in sorted(path.glob("[!.]*"), key=lambda file: (len(file.name), file.name)):
+            yield from read_pictures(file)
+        return
+    with vlmrm.reading(path):
+        try:
+            images = ImageSequence.Iterator(Image.open(path))
+        except UnidentifiedImageError:  # a film
+            images = map(Image.fromarray, imageio.imiter(path))
+        for image in images:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("its values are not bytes")
+            yield ImageOps.exif_transpose(image).convert("RGB")

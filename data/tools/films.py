@@ -24,12 +24,12 @@ STILL = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 def read_film(path: Path, frames: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures evenly spread over a film, uint8 (T, S, S, 3), and their numbers (T,). It is read
     twice, picture by picture: it may be too long for the memory. Raises InputError."""
-    count = sum(1 for _ in vlmrm.read_pictures(path))
+    count = sum(1 for _ in common.read_pictures(path))
     if count < frames:
         raise vlmrm.InputError(f"{path} has {count} pictures, fewer than {frames}: lower --frames")
     steps = np.linspace(0, count - 1, frames).round().astype(int)
     kept = [np.asarray(picture.resize((size, size)))
-            for k, picture in enumerate(vlmrm.read_pictures(path)) if k in steps]
+            for k, picture in enumerate(common.read_pictures(path)) if k in steps]
     return np.stack(kept), steps
 
 def list_films(folder: Path, left_out: list[Path]) -> list[tuple]:

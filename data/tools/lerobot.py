@@ -148,7 +148,7 @@ def look(episodes: list[dict], size: int, count: int = None):
         path = episode["path"]
         if path != opened:  # else we go on where we are in it
             opened = path
-            pictures = vlmrm.read_pictures(path)
+            pictures = common.read_pictures(path)
             if path.suffix == ".parquet":
                 pictures = read_cells(path, episode["camera"])
             pictures = itertools.islice(pictures, episode["begin"], None)

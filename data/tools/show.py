@@ -1,10 +1,11 @@
-"""A film of an episode with its reward under it.
+"""The rewards of a film, in numbers and as a film with its reward under it.
 
     python data/tools/show.py runs/triplet-seed0 clip.mp4 "close the drawer"
 
-writes clip-reward.gif. A picture or a folder of numbered pictures will do too. Each sentence gets a
-curve. With --out reward.mp4 it becomes a film of that name and kind. It shows eight pictures a
-second, all that there are: cut a long film first.
+prints the reward of each picture and writes clip-reward.gif. A picture or a folder of numbered
+pictures will do too. Each sentence gets a column and a curve. With --out reward.mp4 it becomes a
+film of that name and kind. It shows eight pictures a second, all that there are: cut a long film
+first.
 """
 import common  # first: it knows where vlmrm.py is
 import vlmrm
@@ -23,10 +24,18 @@ WIDTH = 480  # pixels, of the film
 def score(model, path: Path, sentence: str) -> list[float]:
     """The rewards of all pictures (T,). Raises InputError."""
     rewards = [model.score(np.asarray(picture)[None], sentence).item()
-               for picture in tqdm(vlmrm.read_pictures(path), sentence, unit=" pictures")]
+               for picture in tqdm(common.read_pictures(path), sentence, unit=" pictures")]
     if not rewards:
         raise vlmrm.InputError(f"{path} has no pictures in it")
     return rewards
+
+def print_rewards(rewards: dict[str, list[float]]) -> None:
+    """A line for each picture, a column for each sentence, and their VOC."""
+    for k, values in enumerate(zip(*rewards.values())):
+        print(f"picture {k:5}   " + "   ".join(f"{value:7.4f}" for value in values))
+    for sentence, values in rewards.items():
+        voc = vlmrm.value_order_correlation(np.array(values))
+        print(f"VOC {voc:.2f} (1: rises all along) under {sentence!r}")
 
 def draw_curves(rewards: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray]:
     """A picture of the curves, uint8 (240, WIDTH, 3), and the column in it of each reward (T,)."""
@@ -44,7 +53,7 @@ def draw_curves(rewards: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray
 def compose(path: Path, rewards: dict[str, list[float]]):
     """Yield each picture over the curves, PIL's, WIDTH wide; what is to come of them is pale."""
     curves, columns = draw_curves(rewards)
-    for picture, column in zip(vlmrm.read_pictures(path), columns):
+    for picture, column in zip(common.read_pictures(path), columns):
         under = curves.copy()
         to_come = under[:, column + 4:columns[-1] + 5]
         to_come[:] = 255 - (255 - to_come) // 5
@@ -61,6 +70,7 @@ def show(args) -> None:
     common.check_outputs(out)
     model = vlmrm.load_reward_model(args.run)
     rewards = {sentence: score(model, path, sentence) for sentence in args.instruction}
+    print_rewards(rewards)
     frames = compose(path, rewards)
     file = io.BytesIO()
     if out.suffix.lower() == ".gif":  # 120 ms each, over and over
