@@ -1,7 +1,9 @@
 """How fast is vlmrm.py, beside the bare tower or renderer?
 
     python data/study/benchmark.py              some minutes on two cores
-    python data/study/benchmark.py training     one part: collection, training, evaluation
+    python data/study/benchmark.py training     one part: collection, training, evaluation, agent
+
+agent takes the package stable-baselines3.
 
 Machines are noisy: what is compared is measured in turn, A B A B, in one process; kept are medians,
 in data/results/benchmark.json.
@@ -113,7 +115,42 @@ def evaluation() -> dict:
 
     return in_turn(ours=ours, bare=bare)
 
-PARTS = {"collection": collection, "training": training, "evaluation": evaluation}
+def agent() -> dict:
+    """Steps per second of PPO in drawer-close under a model's reward, its pictures drawn by draw()
+    or by env.render(); and scores per second of one picture."""
+    try:
+        from stable_baselines3 import PPO
+    except ImportError:
+        raise vlmrm.InputError("the part agent takes: pip install stable-baselines3") from None
+    from environment import wrap_environment
+    _, data, _, model = default_run()
+    vlmrm.merge_lora(model)
+    model.eval().requires_grad_(False)
+    simulator, _, renderer = vlmrm.open_task("drawer-close-v3", 96)
+    simulator.render_mode = "rgb_array"
+    sentence = "close the drawer"
+
+    def learn(env):
+        PPO("MlpPolicy", env, n_steps=32, batch_size=32, device="cpu").learn(32)
+        return 32
+
+    def ours():
+        return learn(wrap_environment(
+            simulator, model, sentence, render=lambda: vlmrm.draw(renderer, simulator.data, {})))
+
+    def own_renderer():
+        return learn(wrap_environment(simulator, model, sentence))
+
+    def score():
+        for picture in data.pictures(0):
+            model.score(picture[None], sentence)
+        return data.T
+
+    rates = in_turn(ours=ours, score=score)
+    renderer.close()  # or the other one's pictures are old ones
+    return rates | in_turn(own_renderer=own_renderer)
+
+PARTS = {"collection": collection, "training": training, "evaluation": evaluation, "agent": agent}
 
 def work(args) -> None:
     """Measure these parts. What is known of the others stays."""

@@ -15,6 +15,11 @@ from PIL import Image
 
 import vlmrm
 
+import films
+import lerobot
+import show
+from conftest import one_line
+
 SEED = int(os.environ.get("DAMAGE_SEED", f"{datetime.date.today():%Y%m%d}"))
 VALUES = [None, True, False, -1, 0, 1, 3, 10**9, 0.5, float("nan"), "", "x", "../x", [], ["x"], {},
           {"x": 1}]
@@ -163,14 +168,58 @@ def test_damaged_films(finished, tmp_path, rng, suffix, capsys):
         Image.fromarray(pictures[0]).save(path / "0.png")
     for _ in range(6):
         file.write_bytes(damage_bytes(whole.read_bytes(), rng))
-        status = vlmrm.main(["--score", str(path), "--instruction", "open", "--model",
-                             str(finished), "--device", "cpu"])
-        printed, error = capsys.readouterr()
+        (tmp_path / "reward.gif").unlink(missing_ok=True)
+        status = show.main([str(finished), str(path), "open", "--out",
+                            str(tmp_path / "reward.gif")])
         assert status in (0, 2)
         if status == 2:
-            assert error.startswith("vlmrm: ") and error.count("\n") == 1
+            one_line(capsys, "", name="show")
         else:
+            printed = capsys.readouterr().out
             assert "VOC" in printed and "nan" not in printed
+
+def makes_a_data_set_or_refuses(main, arguments, path, capsys):
+    """No third thing. What it makes has pictures and rewards."""
+    path.unlink(missing_ok=True)
+    status = main([str(argument) for argument in arguments])
+    assert status in (0, 2)
+    if status == 2:
+        one_line(capsys, "", name=main.__module__)
+        assert not path.exists()
+        return
+    capsys.readouterr()
+    data = vlmrm.Dataset(path)
+    assert data.E and len(data.pictures(data.E - 1)) == data.T
+
+def test_damaged_films_of_a_data_set(towel, tmp_path, rng, capsys):
+    """Of one film, or of the sentences."""
+    folder = tmp_path / "towel"
+    shutil.copytree(towel, folder)
+    arguments = [folder / "films", "--sentences", folder / "towel.json", "--out",
+                 tmp_path / "towel.npz"]
+    for name in ("0.mp4", "2.gif", "failed/0.mp4", "../../towel.json") * 3:
+        file = folder / "films" / "fold-towel" / name
+        whole = file.read_bytes()
+        file.write_bytes((damage_json if name.endswith("json") else damage_bytes)(whole, rng))
+        makes_a_data_set_or_refuses(films.main, arguments, tmp_path / "towel.npz", capsys)
+        file.write_bytes(whole)
+
+@pytest.mark.parametrize("layout", ["v3.0 video", "v2.0 image"])
+def test_damaged_lerobot_folders(tmp_path, rng, layout, capsys):
+    """Of one file: the description, a table, a film."""
+    pytest.importorskip("pyarrow")
+    from test_lerobot import lerobot_folder
+    lerobot_folder(tmp_path / "a", *layout.split())
+    arguments = ["read", tmp_path / "a", "--out", tmp_path / "a.npz", "--sentences",
+                 tmp_path / "a.json", "--frames", "5"]
+    files = sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file())
+    for file in files * (20 // len(files) + 1):
+        (tmp_path / "a.json").unlink(missing_ok=True)
+        whole = file.read_bytes()
+        damage = damage_json if file.name == "info.json" else damage_bytes
+        file.write_bytes(damage(whole, rng))
+        makes_a_data_set_or_refuses(lerobot.main, arguments, tmp_path / "a.npz", capsys)
+        file.write_bytes(whole)
 
 OBJECTIVE = """import torch
 TUNED = (1e-3, {"weight": 0.5})
