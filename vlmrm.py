@@ -229,8 +229,8 @@ def collect_task(job: dict) -> list[dict]:
             continue
         steps = np.linspace(0, len(history) - 1, job["frames"]).round().astype(np.int16)
         pictures = [draw(renderer, env.data, poses[step]) for step in steps]
-        # Success may flicker: a flag is True if any step since the last kept one succeeded. (min():
-        # a short episode keeps steps twice.)
+        # Success may flicker: a flag is True if any step after the last kept one, up to this one,
+        # succeeded. A short episode keeps a step twice: then min() looks at that step again.
         last = -1
         success = []
         for step in steps:
@@ -441,8 +441,8 @@ class RewardModel(nn.Module):
         if pictures.dtype != np.uint8 or pictures.shape[3:] != (3,) or not pictures.size:
             raise InputError("pictures must be uint8 (N, H, W, 3), red green blue, 0 to 255; these "
                              f"are {pictures.dtype} {pictures.shape}")
-        # Use the last sentence's vector again while all weights are frozen and none has changed,
-        # which _version counts.
+        # While all weights are frozen, use the last sentence's vector again until one changes (a
+        # tensor's _version counts its changes).
         versions = [weight._version for weight in self.parameters() if not weight.requires_grad]
         known = sentence, self.mean.device, versions
         frozen = len(versions) == len(list(self.parameters()))
@@ -596,7 +596,7 @@ def softmax_loss(positive: torch.Tensor, negatives: list[torch.Tensor]):
 
 def tcn_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3):
     """TCN, time-contrastive: frames close in time are close, far in time far, other videos far.
-        L = mean of two softmax_loss() of similarities -|a - b| / temp:
+        L = mean of two softmax_loss() of -|a - b| / temp;  s0, s1, s2 = now, later, end:
             (s2, s1) beats (s2, s0) and (s2, others' s2)
             (s1, s0) beats (s2, s0) and (s0, others' s0)
     Notice: no sentence. TCN's own reward would be -|o - og|, which needs a picture of the goal.
@@ -647,14 +647,15 @@ def r3m_loss(frames, texts, times, temperature: float = 1.0, negatives: int = 3,
     return tcn + (has_text * language).mean() + norm_penalty(used, l1, l2)
 
 def implicit_value_loss(value, start, now, next_, goal, gamma: float, perms):
-    """The core of VIP and LIV. A value V(o; og), near 0 at the goal and the more negative the more
-    steps are left: each costs 1, so that V(o) = -1 + gamma V(o'). gamma < 1: far ones cost less.
+    """The core of VIP and LIV. A value V(o; og) is about minus the steps left from o to the goal
+    og. Each costs 1: V(o) = -1 + gamma V(o'), gamma < 1: far ones cost less. o0, o, o' = start,
+    now, next.
         L = (1 - gamma) mean -V(o0; og) + log(eps + mean exp(1 + V(o; og) - gamma V(o'; og)))
             [ + the same second term over other videos' (o, o') under this goal ]
     The second term punishes V(o) > -1 + gamma V(o'), a step that seems to cost less than 1; log
-    mean exp is a soft maximum: the worst steps count most. Alone it would push V down for ever: the
-    first pulls the start up. value(o, goal) gives V; perms (n, B). Derived in 2210.00030. Uses
-    LOG_EPS.
+    mean exp is a soft maximum: the worst steps count most. As it alone could be met by lowering all
+    V for ever, the first term pulls V up at the start. value(o, goal) gives V; perms (n, B).
+    Derived in 2210.00030. Uses LOG_EPS.
     """
     def step_penalty(now, next_):
         residual = 1 + value(now, goal) - gamma * value(next_, goal)
@@ -710,8 +711,8 @@ def cosine_reward(frames: torch.Tensor, text: torch.Tensor):
     """The reward under test, of unit vectors: frames (E, T, D), text (D,) -> (E, T)."""
     return frames @ text
 
-# {name: (loss, learning rate, constants, does it read the sentence?)}. Rates and constants: the
-# best of a few by 14 of the 40 tasks, which were left out of that training (data/study/study.py).
+# {name: (loss, learning rate, constants, does it read the sentence?)}. Of a few rates and constants
+# tried, the best on 14 of the 40 tasks, kept out of training for that (data/study/study.py tune).
 OBJECTIVES = {
     "triplet": (triplet_loss, 2e-3, {"margin": 0.1}, True),
     "tcn": (tcn_loss, 2e-3, {"temperature": 0.1}, False),

@@ -106,8 +106,9 @@ def controls(args: argparse.Namespace) -> list[dict]:
     config = vlmrm.configuration(options, all_objectives()["clip"], args.seed)
     folder, _ = vlmrm.run(config, args.runs, args.device)
     starts = {"start on 40 sentences": folder / "model.safetensors", "random weights": "none"}
-    if (vlmrm.DATA / "strict.safetensors").exists():
-        starts["strict start"] = vlmrm.DATA / "strict.safetensors"
+    strict = Path("runs/starts/fold0.safetensors")  # made by scenes.py
+    if strict.exists():
+        starts["strict start"] = strict
     jobs = [THUMBNAIL]
     for start, weights in starts.items():
         for way in WAYS:

@@ -277,6 +277,14 @@ def test_films_that_are_not_shown(place, brightness, capsys, name, content, says
 # -----------------------------------------------------------------------------
 # hub.py
 
+def test_a_full_disk_leaves_no_half_a_model(finished, place, monkeypatch, capsys):
+    def copy(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy", copy)
+    refuses(hub.main, [finished, "model"], capsys, "No space left")
+    assert not Path("model").exists()
+
 def test_a_model_for_others(finished, place):
     """The folder alone scores as the run does; its adapters are in the weights, no path is left."""
     assert hub.main([str(finished), "model"]) == 0

@@ -30,7 +30,7 @@ from huggingface_hub import snapshot_download
 
 folder = snapshot_download("YOUR_NAME/{name}")
 sys.path.insert(0, folder)
-import vlmrm  # it takes torch, open_clip_torch, scipy, matplotlib and imageio
+import vlmrm  # it takes torch, open_clip_torch, scipy and matplotlib
 model = vlmrm.load_reward_model(folder)
 rewards = model.score(pictures, "close the drawer")  # pictures uint8 (N, H, W, 3), rewards (N,)
 ```
@@ -72,10 +72,14 @@ def publish(args) -> None:
             name=args.out.name, licence=licence, backbone=config["backbone"],
             objective=Path(config["objective"]).stem, data=config["data"], table=table)
     args.out.mkdir()
-    vlmrm.write_whole(args.out / "model.safetensors", save(weights))
-    vlmrm.write_whole(args.out / "config.json", vlmrm.to_json(config))
-    vlmrm.write_whole(args.out / "README.md", card.encode())
-    shutil.copy(vlmrm.__file__, args.out)
+    try:
+        vlmrm.write_whole(args.out / "model.safetensors", save(weights))
+        vlmrm.write_whole(args.out / "config.json", vlmrm.to_json(config))
+        vlmrm.write_whole(args.out / "README.md", card.encode())
+        shutil.copy(vlmrm.__file__, args.out)
+    except BaseException:  # a full disk, say: no half a folder
+        shutil.rmtree(args.out)
+        raise
     print(f"{args.out} has README.md, config.json, model.safetensors and vlmrm.py")
 
 def main(argv: list[str] = None) -> int:

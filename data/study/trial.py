@@ -1,0 +1,270 @@
+"""The fair trial: every objective with the same budget, judged on tasks that nothing has seen.
+
+    python vlmrm.py --collect --seed 1 --mixed 60 --data runs/trial.npz     the test episodes
+    python data/study/scenes.py train --fold 0                 and 1 to 4: a start for each fold
+    python data/study/trial.py choose     eight settings of each arm, on tasks left out of training
+    python data/study/trial.py test       the best of them, three seeds, on the fold's unseen tasks
+
+What is asked, and how it is decided, was written down before the first run: data/results/README.md.
+Each stage keeps its results in a file in data/results and goes on with what was stopped.
+"""
+import functools
+import itertools
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import common  # finds vlmrm
+
+import numpy as np
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import vlmrm
+from scenes import left_out
+
+RESULTS = vlmrm.DATA / "results"
+KEPT = ("voc", "voc_opposite", "voc_paraphrase", "ranking_accuracy_same_time",
+        "ranking_accuracy_within", "success_auroc", "retrieval_top1")
+
+# 1. Arms and settings -----------------------------------------------------------------------------
+
+def mixture(frames, texts, times, before=None, margin: float = 0.1, directions: float = 0.0,
+            keep: float = 0.0):
+    """Triplet; plus a contrast of the directions in which videos move with the sentences, as in
+    DecisionNCE-T; plus the distance of frames to where they were before training."""
+    loss = vlmrm.triplet_loss(frames, texts, times, margin)
+    steps = frames[:, [0, 1, 3, 4]].diff(dim=1)  # (B, 3, D), but not to the next: too close
+    moved = F.normalize(steps, dim=-1, eps=1e-6).sum(dim=1)  # (B, D)
+    loss = loss + directions * vlmrm.info_nce(3 * moved @ texts.T)
+    if keep:
+        loss = loss + keep * (frames - before[0]).square().sum(dim=-1).mean()
+    return loss
+
+def directed(frames, texts, times, margin: float = 0.1, directions: float = 0.0):
+    """mixture() of two terms: the untrained model need not look."""
+    return mixture(frames, texts, times, None, margin, directions)
+
+def from_file(name: str):
+    """The loss of a file of data/objectives/."""
+    return vlmrm.get_objective(str(vlmrm.DATA / "objectives" / f"{name}.py"))["loss"]
+
+# {arm: (loss, {constant: values})}. Each arm has at most two constants of its own.
+ARMS = {
+    "triplet": (vlmrm.triplet_loss, {"margin": (0.05, 0.1, 0.2)}),
+    "r3m": (vlmrm.r3m_loss, {"temperature": (0.03, 0.1, 0.3), "negatives": (3, 10)}),
+    "liv": (vlmrm.liv_loss, {"temperature": (0.03, 0.1, 1.0), "language_weight": (0.3, 1.0)}),
+    "tcn-text": (from_file("tcn-text"), {"temperature": (0.03, 0.1, 0.3)}),
+    "vip-text": (from_file("vip-text"), {"scale": (2.0, 5.0, 20.0)}),
+    "timerewarder": (from_file("timerewarder"), {"scale": (0.6, 1.25, 2.5)}),
+    "decisionnce-t": (from_file("decisionnce-t"), {"scale": (1.0, 3.0, 10.0)}),
+    "hop": (from_file("hop"), {"scale": (5.0, 10.0, 20.0)}),
+    "triplet + directions": (directed, {"margin": (0.05, 0.1, 0.2),
+                                        "directions": (0.01, 0.03, 0.1)}),
+    "triplet + keep": (mixture, {"margin": (0.05, 0.1, 0.2), "keep": (0.1, 0.3, 1.0)}),
+    "triplet + keep + directions": (mixture, {"keep": (0.1, 0.3, 1.0),
+                                              "directions": (0.01, 0.03, 0.1)}),
+    "anchored": (from_file("anchored"), {"keep": (0.3, 1.0, 3.0),
+                                         "directions": (0.03, 0.1, 0.3)}),
+    "zeroshot": (None, {}),
+}
+# Ours may be one of these: {arm: number of its terms}. All but triplet have to go on reading.
+CANDIDATES = {"triplet + directions": 2, "triplet + keep": 2, "triplet + keep + directions": 3,
+              "anchored": 3}
+RATES = (4e-3, 2e-3, 1e-3, 5e-4)  # of adapters; with all weights a quarter of them
+SEEDS = 3
+
+def settings_of(arm: str) -> list[dict]:
+    """Eight settings of an arm: each rate with adapters and with all weights; steps and the places
+    in the lists of constants are dealt out in an order that is the same for every arm."""
+    loss, lists = ARMS[arm]
+    rng = np.random.default_rng(0)
+    steps = rng.permutation([60, 60, 60, 120, 120, 120, 240, 240])
+    places = rng.permuted([[0, 0, 0, 1, 1, 1, 2, 2]] * 2, axis=1)
+    settings = []
+    for k, (lora, rate) in enumerate(itertools.product((8, 0), RATES)):
+        setting = {"lora": lora, "learning_rate": rate, "steps": int(steps[k]), "constants": {}}
+        if not lora:
+            setting["learning_rate"] = rate / 4
+        for place, (name, values) in zip(places, lists.items()):
+            setting["constants"][name] = values[place[k] % len(values)]
+        settings.append(setting)
+    if not loss:
+        return settings[:1]  # nothing is trained
+    return settings
+
+# 2. A run -----------------------------------------------------------------------------------------
+
+def judges(fold: int) -> tuple[str, ...]:
+    """Thirteen of the fold's forty tasks, which are left out of training to choose a setting."""
+    tasks = sorted(vlmrm.load_instructions(vlmrm.DATA / "instructions.json"))
+    return tuple([task for task in tasks if task not in left_out(fold)][1::3])
+
+def split_anew(data, tasks: tuple) -> None:
+    """Split the episodes by the present UNSEEN_TASKS, and test on these tasks alone."""
+    data.split = data.split.astype("U10")
+    for task in np.unique(data.task):
+        chosen = data.select(task=task)
+        episodes = [{"task": task, "source": data.source[e]} for e in chosen]
+        data.split[chosen] = [episode["split"] for episode in vlmrm.assign_splits(episodes)]
+    data.split[(data.split == "test") & ~np.isin(data.task, tasks)] = "validation"
+
+def play(job: dict) -> dict[str, dict]:
+    """Train an arm and test it: {task: {metric: score}}. job: arm, fold, setting, seed, test (the
+    unseen tasks, or the judges), start, data and trial, the files of training and of testing."""
+    unseen = left_out(job["fold"])
+    tested = unseen
+    if job["test"] == "judges":
+        tested = judges(job["fold"])
+    vlmrm.UNSEEN_TASKS = tuple({*unseen, *tested})
+    data = vlmrm.Dataset(job["data"])
+    split_anew(data, tested)
+    instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json", data.task)
+    config = {"backbone": "tiny", "pretrained": job["start"], "seed": job["seed"], "cosine": True,
+              "batch": min(40, len(vlmrm.training_episodes(data))), **job["setting"]}
+    model = vlmrm.prepare_model(config, job["device"])
+    loss, _ = ARMS[job["arm"]]
+    if loss:
+        loss = functools.partial(loss, **config["constants"])
+        vlmrm.train(model, data, instructions, loss, config)
+    if job["test"] == "unseen":
+        data = vlmrm.Dataset(job["trial"])
+        split_anew(data, tested)
+    kept = {}
+    for task, scores in vlmrm.evaluate(model, data, instructions)["tasks"].items():
+        kept[task] = {}
+        for metric in KEPT:
+            if metric in scores:
+                kept[task][metric] = round(float(scores[metric]), 4)
+    return kept
+
+def play_all(jobs: dict[str, dict], path: Path, settings: dict, workers: int) -> dict:
+    """Play the jobs that path has not, side by side, and keep each result at once."""
+    found = {"settings": settings, "runs": {}}
+    if path.exists():
+        found = vlmrm.read_json(path)
+    if found["settings"] != settings:
+        raise vlmrm.InputError(f"{path} was made with other settings: move it away")
+    left = {key: job for key, job in jobs.items() if key not in found["runs"]}
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of the workers
+    # A thread each: two runs side by side are faster than one with two threads.
+    with ProcessPoolExecutor(
+            workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(play, job): key for key, job in left.items()}
+        done = tqdm(as_completed(futures), path.stem, len(jobs), initial=len(jobs) - len(left))
+        for future in done:
+            key = futures[future]
+            found["runs"][key] = future.result()
+            done.set_postfix_str(f"{key}: {score(found['runs'][key]):.3f}")
+            vlmrm.write_whole(path, vlmrm.to_json(found))
+    return found["runs"]
+
+# 3. What chooses ----------------------------------------------------------------------------------
+
+def mean_of(tasks: dict, metric: str) -> float:
+    """Over the tasks that have it."""
+    return float(np.mean([scores[metric] for scores in tasks.values() if metric in scores]))
+
+def score(tasks: dict) -> float:
+    """The mean of VOC and of 2 RA - 1, RA the ranking accuracy at the same time: -1 to 1."""
+    return (mean_of(tasks, "voc") + 2 * mean_of(tasks, "ranking_accuracy_same_time") - 1) / 2
+
+def gap(tasks: dict) -> float:
+    """VOC under the own sentence minus VOC under the opposite one, of the tasks that have one."""
+    return float(np.mean([scores["voc"] - scores["voc_opposite"] for scores in tasks.values()
+                          if "voc_opposite" in scores]))
+
+def best_setting(runs: dict, arm: str, fold: int) -> int:
+    """The number of the best setting of an arm in a fold. A candidate of ours has to keep four
+    fifths of the gap of the start; if none does, the one that keeps most is taken."""
+    tried = [runs[f"{arm}, fold {fold}, setting {k}"] for k in range(len(settings_of(arm)))]
+    scores = np.array([score(tasks) for tasks in tried])
+    if arm in CANDIDATES:
+        gaps = np.array([gap(tasks) for tasks in tried])
+        reads = gaps >= 0.8 * gap(runs[f"zeroshot, fold {fold}, setting 0"])
+        if not reads.any():
+            return int(gaps.argmax())
+        scores[~reads] = -np.inf
+    return int(scores.argmax())
+
+def ours(runs: dict, fold: int) -> str:
+    """Of the candidates within one standard error of the best one, over the judges, the one with
+    the fewest terms."""
+    scores = {}  # of each task that has pairs: (tasks,)
+    for arm in CANDIDATES:
+        tasks = runs[f"{arm}, fold {fold}, setting {best_setting(runs, arm, fold)}"]
+        scores[arm] = np.array([score({task: tasks[task]}) for task in sorted(tasks)
+                                if "ranking_accuracy_same_time" in tasks[task]])
+    order = sorted(CANDIDATES, key=lambda arm: -scores[arm].mean())
+    near = [order[0]]
+    for arm in order[1:]:
+        behind = scores[order[0]] - scores[arm]
+        if behind.mean() <= scipy.stats.sem(behind):
+            near.append(arm)
+    return min(near, key=CANDIDATES.get)  # the better one of two that have as many
+
+# 4. The two stages --------------------------------------------------------------------------------
+
+def jobs_of(args) -> dict[str, dict]:
+    """The jobs of a stage, by name."""
+    jobs = {}
+    for fold, arm in itertools.product(args.folds, args.arms):
+        job = {"arm": arm, "fold": fold, "start": args.starts / f"fold{fold}.safetensors",
+               "data": args.data, "trial": args.trial, "device": args.device}
+        if args.stage == "choose":
+            for k, setting in enumerate(settings_of(arm)):
+                jobs[f"{arm}, fold {fold}, setting {k}"] = dict(
+                    job, setting=setting, test="judges", seed=0)
+            continue
+        runs = vlmrm.read_json(args.results / "choices.json")["runs"]
+        setting = settings_of(arm)[best_setting(runs, arm, fold)]
+        for seed in range(SEEDS if ARMS[arm][0] else 1):
+            jobs[f"{arm}, fold {fold}, seed {seed}"] = dict(
+                job, setting=setting, test="unseen", seed=seed)
+    return jobs
+
+def files_of(args) -> dict[str, str]:
+    """The checksums of all files that a stage reads."""
+    files = {"data": args.data, "instructions": vlmrm.DATA / "instructions.json"}
+    for fold in range(5):
+        files[f"start of fold {fold}"] = args.starts / f"fold{fold}.safetensors"
+    if args.stage == "test":
+        files["trial"] = args.trial
+        files["choices"] = args.results / "choices.json"
+    checksums = {}
+    for name, path in files.items():
+        with vlmrm.reading(path):
+            checksums[name] = vlmrm.digest(path)
+    return checksums
+
+def work(args) -> None:
+    """Do a stage."""
+    name = {"choose": "choices.json", "test": "trial.json"}[args.stage]
+    runs = play_all(jobs_of(args), args.results / name, files_of(args), args.workers)
+    if args.stage == "choose" and {"zeroshot", *CANDIDATES} <= set(args.arms):
+        for fold in args.folds:
+            print(f"fold {fold}: ours is {ours(runs, fold)}")
+
+def parser() -> common.Parser:
+    """The options."""
+    options = common.Parser("trial", description=__doc__)
+    add = options.add_argument
+    add("stage", choices=("choose", "test"))
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="(all)")
+    add("--folds", nargs="+", type=int, choices=range(5), default=[0, 1, 2, 3, 4], metavar="N",
+        help="(0 to 4)")
+    add("--data", type=Path, default=vlmrm.DATA / "metaworld.npz", help="to train on")
+    add("--trial", type=Path, default=Path("runs/trial.npz"), help="to test on (runs/trial.npz)")
+    add("--starts", type=Path, default=Path("runs/starts"), help="a folder (runs/starts)")
+    add("--results", type=Path, default=RESULTS, help="a folder (data/results)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    return options
+
+if __name__ == "__main__":
+    sys.exit(common.main(parser(), work))

@@ -1,0 +1,157 @@
+"""The fair trial: its arms, how it chooses, and all of it on toy data."""
+from concurrent.futures import ThreadPoolExecutor
+
+import vlmrm  # before torch: see there
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import scenes
+import trial
+from conftest import unit
+
+TASKS = sorted(vlmrm.load_instructions(vlmrm.DATA / "instructions.json"))
+
+def test_folds_and_judges():
+    """Each task is left out once; judges are never among what is left out, nor alike it."""
+    folds = [scenes.left_out(fold) for fold in range(5)]
+    assert sorted(sum(folds, ())) == TASKS and folds[0] == vlmrm.UNSEEN_TASKS
+    for fold in range(5):
+        judges = trial.judges(fold)
+        assert len(set(judges)) == 13 and not set(judges) & set(folds[fold])
+
+@pytest.mark.parametrize("arm", [arm for arm in trial.ARMS if arm != "zeroshot"])
+def test_equal_budgets(arm):
+    """Each rate in both ways; the same steps for every arm; every constant twice or more."""
+    settings = trial.settings_of(arm)
+    ways = [(setting["lora"], setting["learning_rate"]) for setting in settings]
+    assert len(settings) == len(set(ways)) == 8
+    assert [setting["steps"] for setting in settings] == [
+        setting["steps"] for setting in trial.settings_of("triplet")]
+    assert sum(setting["steps"] for setting in settings) == 3 * 60 + 3 * 120 + 2 * 240
+    _, lists = trial.ARMS[arm]
+    assert len(lists) <= 2
+    for name, values in lists.items():
+        used = [setting["constants"][name] for setting in settings]
+        assert all(used.count(value) >= 2 for value in values) and set(used) == set(values)
+
+def test_the_mixture_is_the_sum_of_its_terms():
+    """Triplet, DecisionNCE-T at scale 3, and a distance."""
+    frames = unit(4, 5, 8)
+    texts = unit(4, 8, seed=1)
+    before = unit(4, 5, 8, seed=2)
+    times = torch.linspace(0, 1, 5).repeat(4, 1)
+    triplet = vlmrm.triplet_loss(frames, texts, times, 0.2)
+    assert trial.mixture(frames, texts, times, margin=0.2) == triplet
+    contrast = trial.from_file("decisionnce-t")(frames, texts, times, scale=3.0)
+    away = (2 - 2 * (frames * before).sum(-1)).mean()
+    expected = (triplet + 0.3 * contrast + 0.7 * away).item()
+    mixed = trial.mixture(frames, texts, times, (before, texts), 0.2, 0.3, 0.7).item()
+    assert mixed == pytest.approx(expected, abs=1e-5)
+    expected = (triplet + 0.3 * contrast).item()
+    assert trial.directed(frames, texts, times, 0.2, 0.3).item() == pytest.approx(expected, abs=1e-5)
+
+def result(voc, same_time, opposite=None):
+    """Two tasks, of which one has an opposite and one has pairs."""
+    first = {"voc": voc, "ranking_accuracy_same_time": same_time}
+    if opposite is not None:
+        first["voc_opposite"] = opposite
+    return {"a": first, "b": {"voc": voc}}
+
+def test_scores_by_hand():
+    """VOC .6 and RA .8 are (.6 + .6) / 2. Tasks that lack a metric do not count for it."""
+    assert trial.score(result(0.6, 0.8)) == pytest.approx(0.6)
+    assert trial.gap(result(0.6, 0.8, -0.1)) == pytest.approx(0.7)
+
+def runs_of(**settings):
+    """What choose would find in fold 0: {arm: (VOC, RA, opposite) of its settings}, the start has a
+    gap of 1. The rest is bad."""
+    runs = {"zeroshot, fold 0, setting 0": result(0.5, 0.5, -0.5)}
+    for arm in trial.ARMS:
+        tried = settings.get(arm.replace(" + ", "_"), [])
+        for k in range(8):
+            values = tried[k] if k < len(tried) else (-1.0, 0.0, -1.0)
+            runs.setdefault(f"{arm}, fold 0, setting {k}", result(*values))
+    return runs
+
+def test_the_best_setting_of_a_candidate_goes_on_reading():
+    """The second is best; of a candidate the third is, which keeps .8 of the gap; if none does,
+    the one that keeps most."""
+    tried = [(0.5, 0.6, -0.5), (0.9, 0.9, 0.5), (0.7, 0.7, -0.15)]
+    runs = runs_of(triplet=tried, anchored=tried)
+    assert trial.best_setting(runs, "triplet", 0) == 1
+    assert trial.best_setting(runs, "anchored", 0) == 2
+    runs = runs_of(anchored=tried[1:2] + [(0.7, 0.7, 0.1)])
+    assert trial.best_setting(runs, "anchored", 0) == 1
+
+def with_tasks(*scores):
+    """VOC of three tasks, all of which have an opposite and pairs, and read."""
+    return {task: {"voc": voc, "voc_opposite": voc - 1, "ranking_accuracy_same_time": 0.5}
+            for task, voc in zip("abc", scores)}
+
+def test_ours_is_the_simplest_within_one_standard_error():
+    """anchored (3 terms) is best. directions (2) is behind by 0, .1 and .2: mean .1, standard error
+    .058 of VOC, half of both in the score: too far. keep (2) by 0, 0 and .2: .067, error .067."""
+    runs = runs_of()
+    runs["anchored, fold 0, setting 3"] = with_tasks(0.5, 0.6, 0.7)
+    runs["triplet + directions, fold 0, setting 1"] = with_tasks(0.5, 0.5, 0.5)
+    runs["triplet + keep, fold 0, setting 2"] = with_tasks(0.5, 0.6, 0.5)
+    for arm in trial.CANDIDATES:
+        for k in range(8):
+            key = f"{arm}, fold 0, setting {k}"
+            if set(runs[key]) != set("abc"):
+                runs[key] = with_tasks(-1, -1, -1)
+    assert trial.ours(runs, 0) == "triplet + keep"
+    runs["triplet + keep, fold 0, setting 2"] = with_tasks(0.4, 0.5, 0.5)
+    assert trial.ours(runs, 0) == "anchored"
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, toy):
+    """Runs trial.py with two arms on the toy data, in this process."""
+    monkeypatch.setattr(trial, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(trial, "get_context", str)
+    monkeypatch.setattr(trial, "judges", lambda fold: ("sweep-v3",))
+    monkeypatch.setattr(trial, "ARMS", {arm: trial.ARMS[arm] for arm in ("triplet", "zeroshot")})
+    monkeypatch.setattr(vlmrm, "UNSEEN_TASKS", vlmrm.UNSEEN_TASKS)  # it is put back
+    monkeypatch.setattr(trial, "SEEDS", 2)
+    settings_of = trial.settings_of
+    monkeypatch.setattr(trial, "settings_of", lambda arm: [
+        dict(setting, steps=1) for setting in settings_of(arm)[:2]])
+    threads = torch.get_num_threads()
+    (tmp_path / "starts").mkdir()
+    for fold in range(5):
+        (tmp_path / f"starts/fold{fold}.safetensors").symlink_to(vlmrm.DATA / "tiny.safetensors")
+    options = ["--data", toy.path, "--trial", toy.path, "--starts", tmp_path / "starts",
+               "--results", tmp_path, "--folds", 0, "--device", "cpu", "--workers", 1]
+    yield lambda *more: common.main(trial.parser(), trial.work, [*map(str, [*more, *options])])
+    torch.set_num_threads(threads)
+
+def test_the_trial_on_toy_data(small, tmp_path, monkeypatch, capsys):
+    """Settings are judged on the judges, the best on what is unseen; nothing is done twice, and
+    other data are refused."""
+    assert small("choose") == 0
+    runs = vlmrm.read_json(tmp_path / "choices.json")["runs"]
+    assert set(runs) == {f"triplet, fold 0, setting {k}" for k in (0, 1)} | {
+        "zeroshot, fold 0, setting 0"}
+    assert all(set(tasks) == {"sweep-v3"} for tasks in runs.values())
+
+    assert small("test") == 0
+    runs = vlmrm.read_json(tmp_path / "trial.json")["runs"]
+    assert set(runs) == {"triplet, fold 0, seed 0", "triplet, fold 0, seed 1",
+                         "zeroshot, fold 0, seed 0"}
+    assert all(set(tasks) == {"drawer-open-v3"} for tasks in runs.values())
+    zeroshot = runs["zeroshot, fold 0, seed 0"]["drawer-open-v3"]
+    assert {"voc", "voc_opposite", "retrieval_top1"} <= set(zeroshot)
+    assert runs["triplet, fold 0, seed 0"] != runs["triplet, fold 0, seed 1"]
+
+    monkeypatch.setattr(trial, "play", None)  # the second time there is no work
+    assert small("choose") == 0 and small("test") == 0
+    (tmp_path / "starts/fold4.safetensors").unlink()
+    capsys.readouterr()
+    assert small("choose") == 2
+    assert "fold4" in capsys.readouterr().err
+    (tmp_path / "starts/fold4.safetensors").write_bytes(b"other weights")
+    assert small("choose") == 2
+    assert "other settings" in capsys.readouterr().err
