@@ -68,6 +68,15 @@ def refuses(main, arguments, capsys, says):
     assert main([str(argument) for argument in arguments]) == 2
     one_line(capsys, says, name=main.__module__)
 
+@pytest.fixture
+def rendering():
+    """Skips what asks for it on a machine that cannot render."""
+    try:
+        _, _, renderer = vlmrm.open_task("reach-v3", 32)
+    except vlmrm.InputError as problem:
+        pytest.skip(str(problem))
+    renderer.close()
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A data set of four toy tasks, one of them unseen."""
