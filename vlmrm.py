@@ -1046,6 +1046,8 @@ def check_numbers(numbers: dict):
         value = numbers.get(name)
         if value is not None and not least <= value <= most:
             raise InputError(f"{name} {value} is not between {least} and {most}")
+    if (numbers.get("frames") or 1) * (numbers.get("size") or 1) > 16383:
+        raise InputError("--frames x --size is over 16383, the limit of WebP")
 
 def digest(*files):
     """SHA-256 of the contents of files."""
@@ -1331,8 +1333,6 @@ def parse_arguments(argv: list[str] = None):
             args.objective[k] = str(known)
         elif name not in ("all", *OBJECTIVES) and not (Path(name).is_file() and name[-3:] == ".py"):
             raise InputError(f"{name!r} is not all, {names}, or a Python file")
-    if args.frames * args.size > 16383:
-        raise InputError("--frames x --size is over 16383, the limit of WebP")
     return args
 
 def main(argv: list[str] = None):

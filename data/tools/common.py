@@ -36,8 +36,6 @@ def main(parser: Parser, work, argv: list[str] = None) -> int:
     try:
         args = parser.parse_args(argv)
         vlmrm.check_numbers(vars(args))
-        if getattr(args, "frames", 1) * getattr(args, "size", 1) > 16383:
-            raise vlmrm.InputError("--frames x --size is over 16383, the limit of WebP")
         work(args)
     except (vlmrm.InputError, OSError, BrokenExecutor) as problem:
         print(f"{parser.prog}:", " ".join(str(problem).split()), file=sys.stderr)
