@@ -101,9 +101,18 @@ def settings_of(arm: str) -> list[dict]:
 # 2. A run -----------------------------------------------------------------------------------------
 
 def judges(fold: int) -> tuple[str, ...]:
-    """Thirteen of the fold's forty tasks, which are left out of training to choose a setting."""
-    tasks = sorted(vlmrm.load_instructions(vlmrm.DATA / "instructions.json"))
-    return tuple([task for task in tasks if task not in left_out(fold)][1::3])
+    """Thirteen of the fold's forty tasks, which are left out of training to choose a setting: first
+    up to three pairs of opposites, to see who reads without a sentence of the ten unseen tasks."""
+    instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
+    seen = sorted(set(instructions) - set(left_out(fold)))
+    chosen = []
+    for task in seen:
+        opposite = instructions[task].get("opposite")
+        if opposite in seen and task not in chosen and len(chosen) < 6:
+            chosen += [task, opposite]
+    others = [task for task in seen if task not in chosen]
+    missing = 13 - len(chosen)
+    return (*chosen, *others[::len(others) // missing][:missing])
 
 def split_anew(data, tasks: tuple) -> None:
     """Split the episodes by the present UNSEEN_TASKS, and test on these tasks alone."""
@@ -137,6 +146,8 @@ def play(job: dict) -> dict[str, dict]:
         split_anew(data, tested)
     kept = {}
     for task, scores in vlmrm.evaluate(model, data, instructions)["tasks"].items():
+        if job["test"] == "judges" and instructions[task].get("opposite") in unseen:
+            scores.pop("voc_opposite")  # its sentence is not to be known
         kept[task] = {}
         for metric in KEPT:
             if metric in scores:

@@ -12,10 +12,11 @@ import scenes
 import trial
 from conftest import unit
 
-TASKS = sorted(vlmrm.load_instructions(vlmrm.DATA / "instructions.json"))
+INSTRUCTIONS = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
 
 def test_folds_and_judges():
-    """Each task is left out once; judges are never among what is left out, nor alike it."""
+    """Each task is left out once; judges are never among what is left out, and have pairs of
+    opposites among them."""
     seen_once = []
     for fold in range(5):
         unseen = scenes.left_out(fold)
@@ -23,7 +24,9 @@ def test_folds_and_judges():
         seen_once += unseen
         assert len(set(judges)) == 13
         assert not set(judges).intersection(unseen)
-    assert sorted(seen_once) == TASKS
+        pairs = [task for task in judges if INSTRUCTIONS[task].get("opposite") in judges]
+        assert len(pairs) == (4 if fold == 0 else 6)
+    assert sorted(seen_once) == sorted(INSTRUCTIONS)
     assert scenes.left_out(0) == vlmrm.UNSEEN_TASKS
 
 @pytest.mark.parametrize("arm", sorted(set(trial.ARMS) - {"zeroshot"}))
