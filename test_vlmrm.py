@@ -883,8 +883,11 @@ def test_evaluation_shares_out_the_cores_and_gives_them_back(toy, tiny):
 # A run: its folder, stopping, damage ----------------------
 
 @pytest.fixture
-def program(toy, tmp_path):
-    """The program on the toy data, in this process."""
+def program(toy, tmp_path, monkeypatch):
+    """The program on the toy data, in this process. It does not draw, which takes the longest."""
+    monkeypatch.setattr(
+        vlmrm, "draw_curves", lambda *arguments: vlmrm.write_whole(arguments[-1], b"\x89PNG"))
+
     def run(*options, runs="runs"):
         settings = ["--data", toy.path, "--steps", 4, "--batch", 2, "--device", "cpu",
                     "--runs", tmp_path / runs]
@@ -1083,9 +1086,10 @@ def test_a_folder_is_of_who_made_it(program, toy, tmp_path, monkeypatch, capsys)
     assert program() == 0
     assert os.listdir(folder.parent) == [folder.name] and len(os.listdir(folder)) == 4
 
-def test_tables_of_other_comparisons_stay(program, tmp_path, capsys):
+def test_tables_of_other_comparisons_stay(program, tmp_path, monkeypatch, capsys):
     """The same comparison writes its own again. An objective with two names is one. Formulas are
     none, nor are marks that the font lacks a reason to stop."""
+    monkeypatch.undo()  # it draws
     runs = tmp_path / "$runs_^"
     entry = {"instruction": "$_^ push \\frac 🦾", "paraphrases": ["a", "b", "c"]}
     (tmp_path / "own.json").write_text(json.dumps(dict.fromkeys(COLORS, entry)))

@@ -346,8 +346,10 @@ def test_finite_on_any_input_and_turning_with_the_batch(name):
 # A file of a reader's
 
 @pytest.fixture
-def program(toy, tmp_path):
-    """Two steps on the toy data with some objectives, in this process."""
+def program(toy, tmp_path, monkeypatch):
+    """Two steps on the toy data with some objectives, in this process, without drawing."""
+    monkeypatch.setattr(vlmrm, "draw_curves", lambda *_: None)
+
     def run(*objectives):
         return vlmrm.main([
             "--data", str(toy.path), "--steps", "2", "--batch", "2", "--device", "cpu",
