@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if sys.platform == "linux":
@@ -397,6 +398,15 @@ def test_average_over_tasks_by_hand():
         assert [found["value"], found["tasks"], *found["interval"]] == pytest.approx(expected)
     assert report == {"seen": {}, "unseen": {}, "tasks": tasks}
 
+def test_nan_stays_nan():
+    """A reward that is not a number makes no number; kinds of pairs that are none make an error."""
+    rewards = np.array([[0.0, np.nan, 2.0]])
+    assert np.isnan(vlmrm.value_order_correlation(rewards)).all()
+    assert math.isnan(vlmrm.ranking_accuracy(rewards, np.arange(3.0)[None]))
+    assert math.isnan(vlmrm.paired_p_value(rewards[0], np.zeros(3)))
+    with pytest.raises(KeyError):
+        vlmrm.ranking_accuracy(rewards, rewards, "withn")
+
 def test_paired_p_value_by_hand():
     """Ten tasks, so 2^10 ways to flip signs. With a gain on all, two lie as far out: all up and all
     down. With the smallest gap lost, the two that keep it lie farther: four. Equal scores: 1. Of
@@ -507,6 +517,11 @@ def test_episodes_that_make_no_data_set(tmp_path, episodes, error, says):
     with pytest.raises(error, match=says):
         vlmrm.write_dataset(tmp_path / "x.npz", episodes)
     assert not list(tmp_path.iterdir())
+
+def test_episodes_are_counted_from_the_end_too(toy):
+    assert (toy.pictures(-1) == toy.pictures(toy.E - 1)).all()
+    with pytest.raises(IndexError):
+        toy.strip(toy.E)
 
 def test_data_that_are_not_what_they_should_be_are_refused(toy, tmp_path):
     arrays = dict(np.load(toy.path))
@@ -642,13 +657,44 @@ def test_score_refuses_what_is_no_sentence_or_too_long(tiny, sentence):
         tiny.score(PICTURES, sentence)
 
 def test_a_sentence_is_embedded_once(tiny, monkeypatch):
-    """Until another is asked for, where no weight may change."""
-    embedded = []
-    monkeypatch.setattr(tiny, "check_sentence", embedded.append)
-    tiny.requires_grad_(False)
-    rewards = [tiny.score(PICTURES, sentence).tolist() for sentence in ("go", "go", "to", "go")]
-    assert rewards[0] == rewards[1] == rewards[3] != rewards[2]
-    assert embedded == ["go", "to", "go"]
+    """Until another is asked for, or a weight changes in whatever way; also from two threads."""
+    asked = []
+    embed = tiny.embed_texts
+    monkeypatch.setattr(
+        tiny, "embed_texts", lambda sentences: asked.append(sentences) or embed(sentences))
+    first = tiny.score(PICTURES, "push")
+    assert (tiny.score(PICTURES, "push") == first).all() and asked == [["push"]]
+    second = tiny.score(PICTURES, "open the drawer")
+    assert asked == [["push"], ["open the drawer"]]
+    with ThreadPoolExecutor(2) as threads:
+        for rewards, expected in zip(threads.map(lambda k: tiny.score(
+                PICTURES, ("push", "open the drawer")[k % 2]), range(12)), [first, second] * 6):
+            assert rewards == pytest.approx(expected, abs=1e-6)
+    weight = tiny.clip.text_projection
+    tiny.score(PICTURES, "push")
+    for change in (lambda: weight.data.mul_(-1), lambda: setattr(
+            tiny.clip, "text_projection", torch.nn.Parameter(-weight.detach()))):
+        before = tiny.score(PICTURES, "push")
+        change()
+        assert tiny.score(PICTURES, "push") == pytest.approx(-before, abs=1e-5)
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_scores_in_the_callers_precision(finished, kind):
+    """Whatever the default type is, under autocast, and of a model that was cast."""
+    expected = vlmrm.load_reward_model(finished[0], "cpu").score(PICTURES, "push")
+    near = pytest.approx(expected, abs=0.03)
+    try:
+        torch.set_default_dtype(kind)
+        model = vlmrm.load_reward_model(finished[0], "cpu")
+        assert model.score(PICTURES, "push") == near
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model = vlmrm.load_reward_model(finished[0], "cpu")
+    assert model.to(kind).score(PICTURES, "push") == near
+    model = vlmrm.load_reward_model(finished[0], "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        rewards = model.score(PICTURES, "push")
+    assert rewards == near and rewards.dtype == np.float32
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_sentence_is_embedded_again_after_a_step(tiny, fused):
@@ -858,10 +904,19 @@ def test_a_perfect_model_gets_perfect_scores(toy):
             assert sign * (2 * found[f"ranking_accuracy_{pairs}"] - 1) > 0.9
         assert found["success_auroc"] == found["retrieval_top1"] == (sign > 0)
     assert found["opposite_gap"] == 2 * found["voc"] == -2 * found["voc_opposite"]
-    assert report["sentences"] == 50
+    assert report["sentences"] == 50 == len(vlmrm.distinct_sentences(INSTRUCTIONS))
     assert set(report["tasks"]) == set(COLORS) and "voc" not in report["tasks"]["push-v3"]
     assert report["seen"]["voc"]["tasks"] == 2
     assert report["seen"]["ranking_accuracy_within"]["tasks"] == 3
+
+def test_tasks_with_one_sentence_are_no_rivals(toy):
+    """Of four tasks two have the same: three sentences, which the oracle tells apart."""
+    instructions = {task: dict(INSTRUCTIONS[task], opposite=None) for task in COLORS}
+    instructions["sweep-v3"]["instruction"] = instructions["push-v3"]["instruction"]
+    report = vlmrm.evaluate(Oracle(), toy, instructions)
+    assert report["sentences"] == 3
+    assert {"voc", "retrieval_top1"} <= set(report["tasks"]["push-v3"])
+    assert vlmrm.distinct_sentences(instructions).count(INSTRUCTIONS["push-v3"]["instruction"]) == 1
 
 def test_evaluation_shares_out_the_cores_and_gives_them_back(toy, tiny):
     """One task at a time with one core, three at once with three: the same rewards."""
@@ -958,7 +1013,6 @@ def test_another_file_is_another_run(tmp_path, monkeypatch, name):
         (tmp_path / file).write_text("def reward(frames, text): return frames @ text\n")
     (tmp_path / "weights").write_bytes(b"1")
     shutil.copy(vlmrm.__file__, tmp_path / "vlmrm.py")
-    monkeypatch.setattr(vlmrm, "__file__", str(tmp_path / "vlmrm.py"))
     args = vlmrm.parse_arguments([f"--pretrained={tmp_path / 'weights'}"])
 
     def configure():
@@ -968,6 +1022,9 @@ def test_another_file_is_another_run(tmp_path, monkeypatch, name):
     assert configure() == before
     with open(tmp_path / name, "a") as file:
         file.write("\n")
+    if name == "vlmrm.py":  # its checksum is that of the code that runs
+        assert vlmrm.THIS_FILE == vlmrm.digest(vlmrm.__file__)
+        monkeypatch.setattr(vlmrm, "THIS_FILE", vlmrm.digest(tmp_path / name))
     after = configure()
     assert after["sha256"] != before["sha256"]
     assert after | {"sha256": {}} == before | {"sha256": {}}
@@ -1148,8 +1205,9 @@ def test_a_loaded_model_leaves_the_callers_settings(finished):
         assert model.score(PICTURES, "push") == expected
     model.embed_texts = None
     assert model.score(PICTURES, "push") == expected
-    with pytest.raises(vlmrm.InputError, match="no meta device here"):
-        vlmrm.load_reward_model(finished[0], "meta")
+    for device in ("meta", "gpu"):
+        with pytest.raises(vlmrm.InputError, match=f"no {device} device here"):
+            vlmrm.load_reward_model(finished[0], device)
 
 # Command line ---------------------------------------------
 
@@ -1228,11 +1286,13 @@ def alone(toy, tmp_path_factory):
 
 def test_alone_several_objectives_are_compared(alone):
     """One table, mean ± std over the seeds, in the order asked for; also where HOME cannot be
-    written, matplotlib is told to use LaTeX, RANK is set, and the terminal has no ±."""
+    written, matplotlib is told to use LaTeX and a backend that is missing, RANK is set, and the
+    terminal has no ±."""
     (alone / "matplotlibrc").write_text("text.usetex: True\n")
     status, printed, error = command(
         "--objective", "zeroshot", "triplet", "--seeds", 2, "--steps", 2, "--batch", 3, cwd=alone,
-        HOME="/dev/null", MATPLOTLIBRC=str(alone), RANK="1", PYTHONIOENCODING="ascii")
+        HOME="/dev/null", MATPLOTLIBRC=str(alone), RANK="1", PYTHONIOENCODING="ascii",
+        MPLBACKEND="module://of.a.notebook")
     assert status == 0, error
     runs = alone / "runs"
     assert len(os.listdir(runs)) == 2 * 2 + 1

@@ -47,6 +47,7 @@ from pathlib import Path
 
 # Idle threads of torch burn a core while they wait. This, set before its import, makes them sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.pop("MPLBACKEND", None)  # that of a notebook may be missing here; we open no window
 if __name__ == "__main__":
     # An objective's file may `import vlmrm`: then it gets this module, not a second copy.
     sys.modules["vlmrm"] = sys.modules["__main__"]
@@ -91,6 +92,9 @@ def write_whole(path, content: bytes):
     try:
         unfinished.write_bytes(content)
         os.replace(unfinished, path)
+    except FileNotFoundError:  # a process that has just finished the same run has tidied up
+        if not Path(path).exists():
+            raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -140,6 +144,10 @@ def load_instructions(path, tasks=()) -> dict[str, dict]:
             if entry.get("opposite") and entry["opposite"] not in instructions:
                 raise ValueError(f"the opposite of {task} is unknown")
     return instructions
+
+def distinct_sentences(instructions: dict) -> list[str]:
+    """The M instructions. Of tasks that have the same one it is one."""
+    return list(dict.fromkeys(entry["instruction"] for entry in instructions.values()))
 
 def open_task(task: str, size: int):
     """The simulator of a task, the class of its scripted policy, a renderer of size x size pictures
@@ -284,14 +292,14 @@ def write_dataset(path, episodes: list[dict]):
     strips = [episode["strip"] for episode in episodes]
     arrays["offsets"] = np.cumsum([0, *map(len, strips)])
     arrays["strips"] = np.frombuffer(b"".join(strips), np.uint8)
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    write_whole(path, file.getvalue())
-    try:  # the checks of any data set
-        Dataset(path)
-    except InputError:
-        os.remove(path)
-        raise
+    unfinished = Path(f"{path}.{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, **arrays)
+        Dataset(unfinished)  # the checks of any data set
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 class Dataset:
     """The episodes of one npz file: E episodes of T pictures, S x S pixels each.
@@ -321,11 +329,13 @@ class Dataset:
             raise ValueError("fewer than 5 pictures of an episode, or a reward is not finite")
         self.S = self.strip(0).width
         for e in range(self.E):
-            if self.strip(e).size != (self.S, self.T * self.S):
+            strip = self.strip(e)
+            if strip.size != (self.S, self.T * self.S) or strip.mode != "RGB":
                 raise ValueError(f"not every strip has {self.T} square pictures of {self.S} pixels")
 
     def strip(self, e: int):
         """The strip of one episode. PIL reads its size, and unpacks the pixels when needed."""
+        e = range(self.E)[e]  # -1 is the last one
         packed = self.strips[self.offsets[e]:self.offsets[e + 1]]
         return Image.open(io.BytesIO(packed.tobytes()), formats=["WEBP"])
 
@@ -407,7 +417,7 @@ class RewardModel(nn.Module):
             pixels = part.to(self.mean.device).permute(0, 3, 1, 2).contiguous().float()
             if pixels.shape[2:] != square:  # (N, 3, H, W)
                 pixels = F.interpolate(pixels, square, mode="bilinear", antialias=True)
-            pixels = pixels.sub_(self.mean).div_(self.std)
+            pixels = pixels.sub_(self.mean).div_(self.std).to(self.mean.dtype)
             frames.append(self.encode(self.clip.encode_image, pixels))  # (N, D)
         return torch.cat(frames).view(*shape, -1)
 
@@ -441,15 +451,18 @@ class RewardModel(nn.Module):
         if pictures.dtype != np.uint8 or pictures.shape[3:] != (3,) or not pictures.size:
             raise InputError("pictures must be uint8 (N, H, W, 3), red green blue, 0 to 255; these "
                              f"are {pictures.dtype} {pictures.shape}")
-        # While all weights are frozen, use the last sentence's vector again until one changes (a
-        # tensor's _version counts its changes).
-        versions = [weight._version for weight in self.parameters() if not weight.requires_grad]
-        known = sentence, self.mean.device, versions
-        frozen = len(versions) == len(list(self.parameters()))
-        if not frozen or self.last_text is None or self.last_text[0] != known:
+        # Embed a sentence once, as long as the weights that do it have the same sums.
+        sums = [weight.sum() for name, weight in self.clip.named_parameters()
+                if not name.startswith("visual")]
+        known = sentence, torch.stack(sums).tolist()
+        last = self.last_text  # read once: another thread may change it
+        if last is None or last[0] != known:
             self.check_sentence(sentence)
-            self.last_text = known, self.embed_texts([sentence])[0]
-        return (self.embed_frames(pictures) @ self.last_text[1]).cpu().numpy()
+            last = known, self.embed_texts([sentence])[0]
+            self.last_text = last
+        frames = self.embed_frames(pictures)
+        products = frames * last[1].to(frames.device)  # no matrix product: autocast would round it
+        return products.sum(dim=-1).cpu().numpy()
 
 def build_backbone(name: str, pretrained: str):
     """tiny, or any open_clip model, with the weights of a tag of open_clip, of a file, or with
@@ -728,13 +741,35 @@ def running(name: str):
     try:
         yield
     except (Exception, SystemExit) as problem:
-        if name in OBJECTIVES or isinstance(problem, (InputError, OSError)):
-            raise
         where = name
         for call in traceback.extract_tb(problem.__traceback__):
             if call.filename == name:
                 where = f"{name}, line {call.lineno}"
+        if name in OBJECTIVES or isinstance(problem, InputError):
+            raise
+        if isinstance(problem, OSError) and where == name:  # not in the file: a full disk, say
+            raise
         raise InputError(f"{where}: {type(problem).__name__}: {problem}") from problem
+
+@contextlib.contextmanager
+def undone(path: Path):
+    """Undo what a reader's file does beside defining: other objectives run in this process, too.
+    Raises InputError if it changes this module."""
+    ours = dict(globals())
+    modules = set(sys.modules)
+    folders = sys.path.copy()
+    try:
+        yield
+    finally:
+        changed = [name for name in ours if globals()[name] is not ours[name]]
+        globals().update(ours)
+        sys.path[:] = folders
+        for name in set(sys.modules) - modules:  # another folder may have one of the same name
+            file = getattr(sys.modules[name], "__file__", None) or "."
+            if path.resolve().parent in Path(file).resolve().parents:
+                del sys.modules[name]
+    if changed:
+        raise InputError(f"{path} changes vlmrm.{changed[0]}, and so its rivals")
 
 def get_objective(name: str):
     """What a name in OBJECTIVES, or a Python file, defines. A file has at least one of
@@ -743,17 +778,20 @@ def get_objective(name: str):
         TUNED = (learning rate, {constant: value})     handed to the loss
         LABELS = "rewards"                             times (B, K) are the simulator's rewards
         COSINE = False                                 the loss does not read the sentence
-    Raises InputError."""
+    A loss has no memory and draws random numbers from torch alone: a run that was stopped would go
+    on with others. Raises InputError."""
     if name in OBJECTIVES:
         loss, rate, constants, reads = OBJECTIVES[name]
         defined = {"loss": loss, "TUNED": (rate, constants), "COSINE": reads}
     else:
-        with running(name):
+        with running(name), undone(Path(name)):
             defined = runpy.run_path(name)
         if "loss" not in defined and "reward" not in defined:
             raise InputError(f"{name} defines neither loss() nor reward()")
         if defined.setdefault("LABELS", "times") not in ("times", "rewards"):
             raise InputError(f"{name}: LABELS must be times or rewards")
+        if isinstance(defined.get("loss"), nn.Module):
+            raise InputError(f"{name}: nobody trains the weights of a loss. Make it a function")
     return {"loss": None, "reward": cosine_reward, "TUNED": (2e-3, {}), "LABELS": "times",
             "COSINE": "reward" not in defined, **defined}
 
@@ -912,25 +950,26 @@ def value_order_correlation(predicted: np.ndarray):
     ranks = scipy.stats.rankdata(predicted, axis=-1) - (T + 1) / 2
     centred_time = np.arange(T) - (T - 1) / 2
     norm = np.sqrt((ranks**2).sum(-1) * (centred_time**2).sum())
-    return np.divide(ranks @ centred_time, norm, out=np.zeros_like(norm), where=norm > 0)
+    return np.divide(ranks @ centred_time, norm, out=np.zeros_like(norm), where=norm != 0)
 
 def ranking_accuracy(predicted: np.ndarray, true_reward: np.ndarray, pairs: str = "within",
                      threshold: float = 0.1):
     """Share of pairs (a frame, a worse one) that are put in the right order; ties count half. Both
-    (E, T) -> 0 to 1, NaN without pairs. pairs: "within" an episode, "across" different ones, or at
-    the "same_time" of different ones. Worse: its true reward is lower by more than the threshold,
-    which is our choice."""
+    (E, T) -> 0 to 1, NaN without pairs or if a reward is NaN. pairs: "within" an episode, "across"
+    different ones, or at the "same_time" of different ones. Worse: its true reward is lower by more
+    than the threshold, which is our choice."""
     # As columns (E T, 1): a column against its transpose compares row i with column j, all pairs.
     episode, frame = np.indices(predicted.shape).reshape(2, -1, 1)
     p = predicted.reshape(-1, 1)
     r = np.float64(true_reward).reshape(-1, 1)
     worse = r.T < r - threshold  # (E T, E T): is frame j worse than frame i?
     same_episode = episode == episode.T
-    worse &= same_episode if pairs == "within" else ~same_episode
-    if pairs == "same_time":
-        worse &= frame == frame.T
+    worse &= {"within": same_episode, "across": ~same_episode,
+              "same_time": ~same_episode & (frame == frame.T)}[pairs]
+    if not worse.any() or np.isnan(p).any():
+        return math.nan
     right = (p > p.T)[worse].sum() + (p == p.T)[worse].sum() / 2
-    return right / worse.sum() if worse.any() else math.nan
+    return right / worse.sum()
 
 def reading_metrics(under: np.ndarray, own: int, opposite: int) -> dict[str, float]:
     """Order and reading of a task's experts. under (M + 3, E, T): the experts' rewards under each
@@ -950,8 +989,11 @@ def paired_p_value(scores: np.ndarray, reference: np.ndarray):
     """Do two objectives differ over the same tasks (n,)? If only chance set them apart, each task's
     difference could as well have the other sign: p is the share of all such flips whose mean is as
     far from 0. If there are more than 9,999, so many random ones are drawn."""
+    differences = np.subtract(scores, reference)
+    if np.isnan(differences).any():
+        return math.nan
     flips = scipy.stats.permutation_test(
-        (scores - reference,), np.mean, permutation_type="samples", n_resamples=9999,
+        (differences,), np.mean, permutation_type="samples", n_resamples=9999,
         random_state=0)
     return float(flips.pvalue)
 
@@ -961,7 +1003,7 @@ def evaluate(model: RewardModel, data: Dataset, instructions: dict, reward=cosin
     {number of an episode: its rewards}, "sentences": M. A reward() with a third parameter, `embed`,
     gets a function that embeds sentences. Raises InputError."""
     model.eval()
-    sentences = [entry["instruction"] for entry in instructions.values()]
+    sentences = distinct_sentences(instructions)
     texts = model.embed_texts(sentences).cpu()  # (M, D)
     if "embed" in inspect.signature(reward).parameters:
         reward = functools.partial(reward, embed=lambda some: model.embed_texts(some).cpu())
@@ -1003,8 +1045,10 @@ def evaluate_task(model, data, instructions, reward, texts, task: str) -> tuple[
     if shape != (1, data.T) or under.shape[1:] != frames.shape[:2] or not np.isfinite(under).all():
         raise InputError(f"rewards must be finite, (E, T); one episode of {data.T} got {shape}")
 
-    own = list(instructions).index(task)
-    opposite = list(instructions).index(instructions[task].get("opposite") or task)
+    sentences = distinct_sentences(instructions)
+    own = sentences.index(instructions[task]["instruction"])
+    opposite = instructions[task].get("opposite") or task
+    opposite = sentences.index(instructions[opposite]["instruction"])
     p = under[own]
     ends = p[:, -1:]
     success = data.success[episodes, -1:]
@@ -1058,23 +1102,36 @@ def to_json(content: dict):
     """A dictionary as JSON. There may be arrays in it."""
     return json.dumps(content, indent=1, default=np.ndarray.tolist).encode()
 
+THIS_FILE = digest(__file__)  # as it is when it is run, whatever is written to it later
+
+def checksums(config: dict) -> dict[str, str]:
+    """Of all files that decide the outcome of a run, but this one. What is no file is a name."""
+    found = {}
+    for name in ("objective", "pretrained", "data", "instructions"):
+        path = Path(config[name] or "")
+        if path.is_file() and not (name == "objective" and config[name] in OBJECTIVES):
+            files = [path]
+            if name == "objective":  # it may import the files beside it: they count, too
+                files = sorted(file for file in path.parent.glob("[!.]*.py") if file.is_file())
+            found[name] = digest(*files)
+    return found
+
 def configuration(args, objective: str, seed: int):
     """What decides the outcome of a run: options, constants, checksums of all files involved."""
-    config = {"objective": objective, "seed": seed, "sha256": {"vlmrm.py": digest(__file__)}}
+    config = {"objective": objective, "seed": seed}
     for name in ("backbone", "pretrained", "lora", "steps", "batch", "data", "instructions"):
         config[name] = getattr(args, name)
     if args.backbone == "tiny" and args.pretrained is None:
         config["pretrained"] = DATA / "tiny.safetensors"
-    for name in ("objective", "pretrained", "data", "instructions"):
-        path = Path(config[name] or "").resolve()  # "": --pretrained was not given
-        if path.is_file() and config[name] not in OBJECTIVES:  # else it is a name
-            # An objective may import the files beside it: they count, too.
-            files = sorted(path.parent.glob("*.py")) if name == "objective" else [path]
-            config["sha256"][name] = digest(*files)
-            config[name] = str(path)
+    for name in checksums(config):
+        config[name] = str(Path(config[name]).resolve())
+    config["sha256"] = {"vlmrm.py": THIS_FILE, **checksums(config)}
     parts = get_objective(config["objective"])
     with running(config["objective"]):
         rate, constants = parts["TUNED"]
+        for name, value in constants.items():
+            if not isinstance(name, str) or type(value) not in (bool, int, float, str):
+                raise ValueError(f"{name}: {value!r}: a constant is a plain number or a string")
         # The rates are those of adapters. All weights together want smaller steps.
         config["learning_rate"] = args.learning_rate or (rate if args.lora else rate / 4)
         config["constants"] = constants
@@ -1103,7 +1160,7 @@ def prepare_model(config: dict, device: str = "auto"):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     if device == "auto":
         device = next(name for name in there if there[name])
-    kind = torch.device(device).type
+    kind = str(device).partition(":")[0]
     if not there.get(kind):
         raise InputError(f"no {device} device here; --device cpu is everywhere")
     torch.manual_seed(config["seed"])  # decides the adapters' start, and random backbones
@@ -1117,7 +1174,6 @@ def prepare_model(config: dict, device: str = "auto"):
         model.low_precision = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return model.to(device)
 
-@torch.inference_mode(False)  # score() needs _version, which tensors made in that mode lack
 def load_reward_model(folder, device: str = "auto"):
     """The trained model of a run's folder, ready to score(pictures, sentence), or InputError."""
     settings = Path(folder, "config.json")
@@ -1161,8 +1217,9 @@ def run(config: dict, runs: Path, device: str = "auto") -> tuple[Path, dict]:
     for left in (*folder.glob("checkpoint.pt"), *folder.glob("*.unfinished")):
         left.unlink(missing_ok=True)
     report = read_json(folder / "metrics.json")
-    if not {"seen", "unseen", "tasks", "predicted", "sentences", "wall_seconds"} <= set(report):
-        raise InputError(f"{folder}/metrics.json is damaged: delete {folder} and repeat the run")
+    needed = {"seen", "unseen", "tasks", "predicted", "sentences", "trained_on", "wall_seconds"}
+    if not needed <= set(report) or not (folder / "model.safetensors").exists():
+        raise InputError(f"metrics.json or model.safetensors is damaged: delete {folder}")
     return folder, report
 
 def train_and_evaluate(config: dict, folder: Path, device: str):
@@ -1174,12 +1231,18 @@ def train_and_evaluate(config: dict, folder: Path, device: str):
         raise InputError(f"{data.path} has no experts to test on: collect at least 4 a task")
     instructions = load_instructions(config["instructions"], data.task)
     model = prepare_model(config, device)
+    if {**checksums(config), "vlmrm.py": THIS_FILE} != config["sha256"]:
+        raise InputError("a file that decides this run has changed: give the command again")
     for entry in instructions.values():
         for sentence in (entry["instruction"], *entry["paraphrases"]):
             model.check_sentence(sentence)
 
     log = []
+    trained_on = 0
     if parts["loss"]:
+        if parts["LABELS"] == "rewards" and not data.rewards.any():
+            raise InputError(f"{data.path} has no rewards, which this objective learns from")
+        trained_on = sum(map(len, training_episodes(data).values()))
         loss = functools.partial(parts["loss"], **config["constants"])
         saved = folder / "checkpoint.pt"
         log = train(model, data, instructions, loss, config, parts["LABELS"], saved)
@@ -1189,7 +1252,7 @@ def train_and_evaluate(config: dict, folder: Path, device: str):
     draw_curves(report, data, instructions, folder / "curves.png")
     report |= {"torch": torch.__version__, "device": str(model.mean.device),
                "model_sha256": digest(folder / "model.safetensors"),
-               "trained_on": len(data.select(split="train", source="expert")),
+               "trained_on": trained_on,
                "wall_seconds": time.perf_counter() - began}
     write_whole(folder / "metrics.json", to_json(report))
 
@@ -1250,9 +1313,9 @@ def compare(reports: dict[str, list[dict]], runs: Path):
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     for n in itertools.count(1):  # other comparisons' tables stay
         path = runs / ("table.md" if n == 1 else f"table-{n}.md")
-        if not path.exists() or path.read_bytes() == table.encode():
+        if not path.exists() or path.read_bytes() == table.encode(errors="replace"):
             break
-    write_whole(path, table.encode())
+    write_whole(path, table.encode(errors="replace"))
     print(f"{table}\nThis table is {path}")
 
 def task_scores(reports: list[dict], metric: str, group: str):
@@ -1353,10 +1416,15 @@ def main(argv: list[str] = None):
         return 130
     return 0
 
-if __name__ == "__main__":
+def mend_streams():
+    """Printing must not fail: whoever started us may have closed a stream, and not every terminal
+    has a ±."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # if whoever started us closed it
-        stream.reconfigure(errors="replace")  # not every terminal has a ±
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")
         setattr(sys, name, stream)
+
+if __name__ == "__main__":
+    mend_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

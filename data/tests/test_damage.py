@@ -4,9 +4,11 @@ What a damaged file is answered with is one line, or the number that the whole f
 drawn from a seed, another one each day: DAMAGE_SEED=20261130 repeats that of a day.
 """
 import datetime
+import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -18,7 +20,7 @@ import vlmrm
 import films
 import lerobot
 import show
-from conftest import one_line
+from conftest import one_line, toy_episode
 
 SEED = int(os.environ.get("DAMAGE_SEED", f"{datetime.date.today():%Y%m%d}"))
 VALUES = [None, True, False, -1, 0, 1, 3, 10**9, 0.5, float("nan"), "", "x", "../x", [], ["x"], {},
@@ -244,3 +246,66 @@ def test_damaged_objectives(toy, tmp_path, rng, capsys):
         assert status in (0, 2), OBJECTIVE[:place] + put + OBJECTIVE[place + 1:]
         lines = [line for line in capsys.readouterr().err.splitlines() if "vlmrm:" in line]
         assert len(lines) == (status == 2)
+
+# What others do to the files meanwhile
+
+def run_on(data, folder, *options):
+    """A step on a data set, in this process."""
+    return vlmrm.main(["--data", str(data), "--steps", "1", "--batch", "2", "--device", "cpu",
+                       "--lora", "2", "--runs", str(folder / "runs"), *options])
+
+def test_a_bad_data_set_does_not_take_the_place_of_a_good_one(tmp_path):
+    path = tmp_path / "x.npz"
+    good = toy_episode("reach-v3", 0) | {"split": "test"}
+    vlmrm.write_dataset(path, [good])
+    whole = path.read_bytes()
+    clear = io.BytesIO()
+    Image.new("RGBA", (32, 320)).save(clear, "WEBP")
+    for bad in ({"split": "exam"}, {"strip": clear.getvalue()}):
+        with pytest.raises(vlmrm.InputError):
+            vlmrm.write_dataset(path, [good | bad])
+    assert path.read_bytes() == whole and os.listdir(tmp_path) == ["x.npz"]
+
+def test_a_file_that_changes_while_it_is_used(toy, tmp_path, monkeypatch, capsys):
+    """Between two seeds: the second does not run under the checksum of the first. So for weights,
+    also of the name of an objective."""
+    shutil.copy(toy.path, tmp_path / "own.npz")
+    evaluate = vlmrm.evaluate
+
+    def change(*arguments):
+        with open(tmp_path / "own.npz", "ab") as file:
+            file.write(b"more")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(vlmrm, "evaluate", change)
+    assert run_on(tmp_path / "own.npz", tmp_path, "--seeds", "2") == 2
+    one_line(capsys, "has changed: give the command again")
+    assert os.listdir(tmp_path / "runs") == ["triplet-seed0"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(vlmrm.DATA / "tiny.safetensors", "vip")
+    config = vlmrm.configuration(vlmrm.parse_arguments(["--pretrained", "vip"]), "vip", 0)
+    assert config["pretrained"] == str(tmp_path / "vip") and config["objective"] == "vip"
+    assert set(config["sha256"]) == {"vlmrm.py", "pretrained", "data", "instructions"}
+
+def test_no_rewards_to_learn_from(toy, tmp_path, capsys):
+    """Films have none. A run without training says that it trained on nothing."""
+    episodes = [toy_episode("reach-v3", seed) | {"rewards": np.zeros(10)} for seed in range(8)]
+    vlmrm.write_dataset(tmp_path / "films.npz", vlmrm.assign_splits(episodes))
+    assert run_on(tmp_path / "films.npz", tmp_path, "--objective", "preference-oracle") == 2
+    one_line(capsys, "has no rewards, which this objective learns from")
+    assert run_on(toy.path, tmp_path, "--objective", "zeroshot") == 0
+    assert "0 episodes to train on" in capsys.readouterr().out
+
+def test_a_file_may_be_written_by_two(tmp_path, monkeypatch):
+    """The one that ends first tidies up."""
+    path = tmp_path / "x"
+    replace = os.replace
+
+    def first(unfinished, path):
+        Path(path).write_bytes(b"whole")
+        os.remove(unfinished)
+        replace(unfinished, path)
+
+    monkeypatch.setattr(os, "replace", first)
+    vlmrm.write_whole(path, b"whole")
+    assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["x"]

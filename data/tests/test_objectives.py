@@ -7,6 +7,7 @@ import ast
 import inspect
 import itertools
 import math
+import sys
 from pathlib import Path
 
 from conftest import one_line, read_kept, unit  # imports vlmrm before torch
@@ -398,7 +399,12 @@ def test_a_file_with_a_reward(program, tmp_path):
     (OWN + "TUNED = (-1e-3, {})", "learning_rate -0.001 is not between"),
     (OWN + "TUNED = (0, {})", "learning_rate 0 is not between"),
     (OWN + "TUNED = 1e-3", "own.py"), (OWN + "TUNED = (1e-3, {'weight': 1.0})", "weight"),
-    ("import numpy\n" + OWN + "TUNED = (1e-3, {'weight': numpy.float32(1)})", "float32"),
+    ("import numpy\n" + OWN + "TUNED = (1e-3, {'weight': numpy.float32(1)})", "a plain number"),
+    (OWN + "TUNED = (1e-3, {'weight': (1, 2)})", "(1, 2): a constant is a plain number"),
+    (OWN + "TUNED = (1e-3, {0: 1.0})", "a constant is a plain number"),
+    ("import torch\nloss = torch.nn.L1Loss()", "Make it a function"),
+    ("import vlmrm\nvlmrm.cosine = None\n" + OWN, "changes vlmrm.cosine"),
+    (LOSS + "return open('no such file')", "own.py, line 2: FileNotFoundError"),
     (LOSS + "return frames.square().mean() + frames.sum()", "needs COSINE = False"),
     (LOSS + "return (frames[:, 0] @ texts.T).sum() * float('nan')", "step 1: the loss is nan"),
     (LOSS + "return (0 * (frames[:, 0] - texts)).norm(dim=1).sqrt().sum()", "its gradient nan"),
@@ -440,6 +446,25 @@ def test_a_reward_of_turned_shape_is_refused(toy, tiny):
     data.split[data.select(task="reach-v3")[:10]] = "test"
     with pytest.raises(vlmrm.InputError, match=r"rewards must be finite, \(E, T\)"):
         vlmrm.evaluate(tiny, data, instructions, lambda frames, text: (frames @ text).T)
+
+def test_a_file_reaches_no_other(program, tmp_path, monkeypatch):
+    """Neither by a module beside it nor by sys.path. What is no file beside it, or hidden, does not
+    count."""
+    monkeypatch.chdir(tmp_path)
+    for folder, sign in (("a", "-"), ("b", "+")):
+        (tmp_path / folder / "d.py").mkdir(parents=True)
+        (tmp_path / folder / ".#own.py").symlink_to("nowhere")
+        (tmp_path / folder / "helper.py").write_text(f"SIGN = {sign}1")
+        (tmp_path / folder / "own.py").write_text(
+            "import os, sys\n"
+            "sys.path.insert(0, os.path.dirname(__file__))\nfrom helper import SIGN\n"
+            + LOSS + "return SIGN * (frames[:, 0] - texts).square().mean()")
+    path = list(sys.path)
+    assert program(tmp_path / "a" / "own.py", tmp_path / "b" / "own.py") == 0
+    assert sys.path == path
+    one = read_kept(tmp_path / "runs" / "own-seed0")["log"]
+    other = read_kept(tmp_path / "runs" / "own-seed0-2")["log"]
+    assert one[0]["loss"] == -other[0]["loss"] < 0
 
 def test_two_files_of_one_name_are_two_rows(program, tmp_path):
     for folder in ("a", "b"):

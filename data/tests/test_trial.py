@@ -61,7 +61,8 @@ def test_the_mixture_is_the_sum_of_its_terms():
     mixed = trial.mixture(frames, texts, times, (before, texts), 0.2, 0.3, 0.7).item()
     assert mixed == pytest.approx(expected, abs=1e-5)
     expected = (triplet + 0.3 * contrast).item()
-    assert trial.directed(frames, texts, times, 0.2, 0.3).item() == pytest.approx(expected, abs=1e-5)
+    mixed = trial.directed(frames, texts, times, 0.2, 0.3).item()
+    assert mixed == pytest.approx(expected, abs=1e-5)
 
 def result(voc, same_time, opposite=None):
     """Two tasks, of which one has an opposite and one has pairs."""

@@ -30,9 +30,7 @@ def main(parser: Parser, work, argv: list[str] = None) -> int:
     logging.disable(logging.ERROR)  # what matters is said in one line
     matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # a docstring keeps its lines
-    for stream in (sys.stdout, sys.stderr):
-        if stream:  # or whoever started us closed it
-            stream.reconfigure(errors="replace")  # not every terminal has every sign
+    vlmrm.mend_streams()
     try:
         args = parser.parse_args(argv)
         vlmrm.check_numbers(vars(args))
@@ -68,16 +66,26 @@ def markdown_table(rows: list[list[str]]) -> str:
 def read_pictures(path: Path):
     """Yield the pictures of a film, an image or a folder of numbered images, PIL's, upright, RGB.
     Raises InputError."""
-    if path.is_dir():  # 10.png comes after 9.png
-        for file in sorted(path.glob("[!.]*"), key=lambda file: (len(file.name), file.name)):
+    if path.is_dir():  # 10.png comes after 9.jpeg
+        for file in sorted(path.glob("[!.]*"), key=lambda file: (len(file.stem), file.name)):
             yield from read_pictures(file)
         return
     with vlmrm.reading(path):
         try:
-            images = ImageSequence.Iterator(Image.open(path))
-        except UnidentifiedImageError:  # a film
-            images = map(Image.fromarray, imageio.imiter(path))
+            image = Image.open(path)
+            images = [image]
+            if image.format in ("GIF", "PNG", "TIFF", "WEBP"):  # a photo may have its thumbnail
+                images = ImageSequence.Iterator(image)
+        except UnidentifiedImageError:  # a film: its own pictures, none twice to fill up seconds
+            images = map(Image.fromarray, imageio.imiter(
+                path, plugin="FFMPEG", output_params=["-fps_mode", "passthrough"]))
         for image in images:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("its values are not bytes")
             yield ImageOps.exif_transpose(image).convert("RGB")
+
+def check_names(tasks) -> None:
+    """Raise InputError for tasks of one's own that have the name of one that nobody trains on."""
+    for task in tasks:
+        if vlmrm.group_of(task) == "unseen":
+            raise vlmrm.InputError(f"{task} is an unseen task of Meta-World: take another name")

@@ -27,6 +27,8 @@ def wrap_environment(env, model, instruction: str, render=None, shaping: bool = 
     sentence or, at a step, for no picture.
     """
     model.check_sentence(instruction)
+    if isinstance(env, gymnasium.vector.VectorEnv):
+        raise vlmrm.InputError("wrap each environment, then make a vector of them")
     render = render or env.render
 
     def look() -> float:

@@ -61,12 +61,15 @@ def make_dataset(args) -> None:
             left_out.append(folder)
     if not tasks:
         raise vlmrm.InputError(f"{args.films} has no folders of tasks")
+    common.check_names(tasks)
     vlmrm.load_instructions(args.sentences, tasks)
     if left_out:
         print(f"left out, as no films: {', '.join(map(str, left_out))}", flush=True)
 
     episodes = []
     for task, films in tasks.items():
+        if [source for _, source in films].count("mixed") == 1:
+            print(f"the one failure of {task} is kept for validation: none is left for the test")
         group = []
         for k, (path, source) in enumerate(tqdm(films, task, unit=" films")):
             pictures, steps = read_film(path, args.frames, args.size)

@@ -171,7 +171,8 @@ def name_tasks(episodes: list[dict]) -> dict[str, str]:
     names = {}
     for sentence in dict.fromkeys(episode["sentence"] for episode in episodes):
         name = re.sub(r"\W+", "-", sentence.lower()).strip("-")
-        while not name or name in names.values():  # "Go up!" is not "go up"
+        # "Go up!" is not "go up". A task that nobody trains on is none of these.
+        while not name or name in names.values() or vlmrm.group_of(name) == "unseen":
             name += "-2"
         names[sentence] = name
     return names

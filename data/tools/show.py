@@ -16,7 +16,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 WIDTH = 480  # pixels, of the film
@@ -53,12 +53,13 @@ def draw_curves(rewards: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray
 def compose(path: Path, rewards: dict[str, list[float]]):
     """Yield each picture over the curves, PIL's, WIDTH wide; what is to come of them is pale."""
     curves, columns = draw_curves(rewards)
+    size = None  # of the first picture, in blocks of 16, which films want; others are fitted in
     for picture, column in zip(common.read_pictures(path), columns):
+        size = size or (WIDTH, 16 * max(1, round(WIDTH / 16 * picture.height / picture.width)))
         under = curves.copy()
         to_come = under[:, column + 4:columns[-1] + 5]
         to_come[:] = 255 - (255 - to_come) // 5
-        blocks = max(1, round(WIDTH / 16 * picture.height / picture.width))
-        above = picture.resize((WIDTH, 16 * blocks))  # films want multiples of 16
+        above = ImageOps.pad(picture, size)
         yield Image.fromarray(np.concatenate([np.asarray(above), under]))
 
 def show(args) -> None:
