@@ -213,6 +213,7 @@ def pack_pictures(pictures):
 def collect_task(job: dict) -> list[dict]:
     """All episodes of one task. job: the task, and --collect's options. Raises InputError."""
     task = job["task"]
+    warnings.simplefilter("ignore")  # Meta-World's, of its own constants
     env, policy, renderer = open_task(task, job["size"])
     episodes = []
     attempts = 0
@@ -1285,7 +1286,9 @@ def print_report(report: dict):
             cell = "-"
             if metric in report[group]:
                 low, high = report[group][metric]["interval"]
-                cell = f"{report[group][metric]['value']:.2f} [{low:.2f}, {high:.2f}]"
+                cell = f"{report[group][metric]['value']:.2f}"
+                if report[group][metric]["tasks"] > 1:
+                    cell += f" [{low:.2f}, {high:.2f}]"
             line += f"{cell:>22}"
         print(f"{line}{chance:>11.2f}")
     print(f"[95 % intervals, over tasks]\n{report['trained_on']} episodes to train on, "
@@ -1307,7 +1310,7 @@ def compare(reports: dict[str, list[dict]], runs: Path):
                     cell += f" ± {values.mean(1).std(ddof=1):.2f}"
                 if name != first and values.shape[1] > 1:
                     p = paired_p_value(values.mean(0), scores[first].mean(0))
-                    cell += f" (p {p:.3f})"
+                    cell += f" (p {p:.3f})" if p >= 0.001 else " (p < .001)"
                 rows[name].append(cell)
     lines = [titles, ["---"] * len(titles), *rows.values()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

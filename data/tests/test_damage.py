@@ -157,12 +157,13 @@ def test_damaged_checkpoints(toy, tmp_path, rng, monkeypatch):
             assert (weights[name] == expected[name]).all()
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png", ".jpg", ""])
-def test_damaged_films(finished, tmp_path, rng, suffix, capsys):
+def test_damaged_films(finished, tmp_path, rng, suffix):
     """A number for each picture, or one line. Nobody can tell a damaged film from a strange one."""
     pictures = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     whole = tmp_path / f"whole{suffix or '.png'}"
     imageio.imwrite(whole, pictures if suffix in (".mp4", ".gif") else pictures[0])
     path = tmp_path / f"clip{suffix}"
+    model = vlmrm.load_reward_model(finished, "cpu")
     file = path
     if suffix == "":
         path.mkdir()
@@ -170,15 +171,8 @@ def test_damaged_films(finished, tmp_path, rng, suffix, capsys):
         Image.fromarray(pictures[0]).save(path / "0.png")
     for _ in range(6):
         file.write_bytes(damage_bytes(whole.read_bytes(), rng))
-        (tmp_path / "reward.gif").unlink(missing_ok=True)
-        status = show.main([str(finished), str(path), "open", "--out",
-                            str(tmp_path / "reward.gif")])
-        assert status in (0, 2)
-        if status == 2:
-            one_line(capsys, "", name="show")
-        else:
-            printed = capsys.readouterr().out
-            assert "VOC" in printed and "nan" not in printed
+        rewards = answer(show.score, model, path, "open")
+        assert rewards is None or len(rewards) and np.isfinite(rewards).all()
 
 def makes_a_data_set_or_refuses(main, arguments, path, capsys):
     """No third thing. What it makes has pictures and rewards."""
@@ -199,7 +193,7 @@ def test_damaged_films_of_a_data_set(towel, tmp_path, rng, capsys):
     shutil.copytree(towel, folder)
     arguments = [folder / "films", "--sentences", folder / "towel.json", "--out",
                  tmp_path / "towel.npz"]
-    for name in ("0.mp4", "2.gif", "failed/0.mp4", "../../towel.json") * 3:
+    for name in ("0.mp4", "2.gif", "failed/0.mp4", "../../towel.json") * 2:
         file = folder / "films" / "fold-towel" / name
         whole = file.read_bytes()
         file.write_bytes((damage_json if name.endswith("json") else damage_bytes)(whole, rng))
@@ -233,8 +227,9 @@ def loss(frames, texts, times, weight=1.0):
     return weight * falls.mean()
 """
 
-def test_damaged_objectives(toy, tmp_path, rng, capsys):
+def test_damaged_objectives(toy, tmp_path, rng, monkeypatch, capsys):
     """A letter lost, changed or doubled somewhere in a Python file."""
+    monkeypatch.setattr(vlmrm, "draw_curves", lambda *_: None)  # it takes the longest
     path = tmp_path / "own.py"
     for _ in range(25):
         place = int(rng.integers(len(OBJECTIVE)))

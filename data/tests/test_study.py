@@ -195,9 +195,9 @@ def small(monkeypatch, tmp_path, toy):
 def test_tune_and_study(small, tmp_path, capsys):
     """Three values and the best of them at the second rate, in both ways; then a row of each
     objective and control. The second time nothing is trained again."""
-    assert small("tune", "--objective", "triplet", "tcn") == 0
+    assert small("tune", "--objective", "tcn") == 0
     scores = vlmrm.read_json(tmp_path / "tuning.json")
-    assert set(scores) == {"settings", "triplet", "tcn"}
+    assert set(scores) == {"settings", "tcn"}
     assert len(scores["tcn"]) == 8
     assert small("tune", "--batch", 1) == 2
     assert "other settings" in capsys.readouterr().err

@@ -23,9 +23,10 @@ tags: [robotics, reward-model, vision-language, clip]
 
 A vision-language reward model: how far along is a robot with what a sentence asks for? The backbone
 `{backbone}`, whose licence holds for these weights, trained for the objective `{objective}` on
-`{data}` with vlmrm.py, which follows arXiv 2512.20675 and is not by its authors.
+`{data}` ({way}) with vlmrm.py, which follows arXiv 2512.20675 and is not by its authors.
 
 ```python
+import sys
 from huggingface_hub import snapshot_download
 
 folder = snapshot_download("YOUR_NAME/{name}")
@@ -36,7 +37,7 @@ rewards = model.score(pictures, "close the drawer")  # pictures uint8 (N, H, W, 
 ```
 
 Rewards are cosines: only compare pictures under one sentence, of scenes like those it was trained
-on. Means over tasks:
+on. Means over tasks (unseen: by the objective; `tiny` has seen pictures of their things before):
 
 {table}
 """
@@ -66,11 +67,14 @@ def publish(args) -> None:
         for name in ("objective", "pretrained", "data", "instructions"):
             if config[name]:
                 config[name] = Path(config[name]).name
+        way = "all weights"
+        if config["lora"]:
+            way = f"adapters of rank {config['lora']}, which are added to the weights here"
         config["lora"] = 0
         licence = "mit" if config["pretrained"] == "tiny.safetensors" else "other"
         card = CARD.format(
             name=args.out.name, licence=licence, backbone=config["backbone"],
-            objective=Path(config["objective"]).stem, data=config["data"], table=table)
+            objective=Path(config["objective"]).stem, data=config["data"], way=way, table=table)
     args.out.mkdir()
     try:
         vlmrm.write_whole(args.out / "model.safetensors", save(weights))
