@@ -757,18 +757,28 @@ def undone(path: Path):
     """Undo what a reader's file does beside defining: other objectives run in this process, too.
     Raises InputError if it changes this module."""
     ours = dict(globals())
+    tables = repr((OBJECTIVES, METRICS, RANGES))
     modules = set(sys.modules)
     folders = sys.path.copy()
+    working = os.getcwd()
+    kind = torch.get_default_dtype()
     try:
         yield
     finally:
         changed = [name for name in ours if globals()[name] is not ours[name]]
         globals().update(ours)
         sys.path[:] = folders
+        os.chdir(working)
+        torch.set_default_dtype(kind)
         for name in set(sys.modules) - modules:  # another folder may have one of the same name
-            file = getattr(sys.modules[name], "__file__", None) or "."
-            if path.resolve().parent in Path(file).resolve().parents:
+            module = sys.modules[name]
+            places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+            places = [place for place in places if place]
+            installed = (sys.prefix, sys.base_prefix)
+            if places and not any(place.startswith(installed) for place in places):
                 del sys.modules[name]
+    if tables != repr((OBJECTIVES, METRICS, RANGES)):
+        changed.append("OBJECTIVES, METRICS or RANGES")
     if changed:
         raise InputError(f"{path} changes vlmrm.{changed[0]}, and so its rivals")
 

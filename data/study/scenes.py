@@ -584,6 +584,7 @@ def train(args) -> None:
     scenes = load_scenes(args.scenes, args.tasks)
     test = load_scenes(args.test, args.tasks) if args.test else None
     settings = {name: getattr(args, name) for name in ("tasks", "seed", "count", "steps")}
+    settings["scenes"] = vlmrm.digest(*[args.scenes / f"{task}.npz" for task in args.tasks])
     saved = Path(f"{args.out}.checkpoint")
     rng = np.random.default_rng(args.seed)  # not used here, but part of a checkpoint
     losses = []
@@ -625,6 +626,8 @@ def work(args) -> None:
     if args.fold is not None:
         unseen = left_out(args.fold)
         args.tasks = [task for task in args.tasks if task not in unseen]
+    if not args.tasks or args.count < 1:
+        raise vlmrm.InputError("no environment is left, or --count is 0")
     if args.mode == "collect":
         collect(args)
         return

@@ -146,12 +146,14 @@ def play(job: dict) -> dict[str, dict]:
         split_anew(data, tested)
     kept = {}
     for task, scores in vlmrm.evaluate(model, data, instructions)["tasks"].items():
-        if job["test"] == "judges" and instructions[task].get("opposite") in unseen:
-            scores.pop("voc_opposite")  # its sentence is not to be known
+        if job["test"] == "judges" and instructions[task].get("opposite") not in tested:
+            scores.pop("voc_opposite", None)  # of pairs of judges alone
         kept[task] = {}
         for metric in KEPT:
             if metric in scores:
                 kept[task][metric] = round(float(scores[metric]), 4)
+    if not kept:
+        raise vlmrm.InputError(f"{data.path} has no episodes of {', '.join(tested)}")
     return kept
 
 def play_all(jobs: dict[str, dict], path: Path, settings: dict, workers: int) -> dict:
@@ -170,9 +172,17 @@ def play_all(jobs: dict[str, dict], path: Path, settings: dict, workers: int) ->
         done = tqdm(as_completed(futures), path.stem, len(jobs), initial=len(jobs) - len(left))
         for future in done:
             key = futures[future]
-            found["runs"][key] = future.result()
-            done.set_postfix_str(f"{key}: {score(found['runs'][key]):.3f}")
+            try:
+                found["runs"][key] = future.result()
+            except vlmrm.InputError as problem:
+                if "the loss is" not in str(problem):
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                found["runs"][key] = {}  # it diverged: worse than all others
+            if path.exists():  # another process may work on it, too
+                found["runs"] = vlmrm.read_json(path)["runs"] | found["runs"]
             vlmrm.write_whole(path, vlmrm.to_json(found))
+            done.set_postfix_str(f"{key}: {score(found['runs'][key]):.3f}")
     return found["runs"]
 
 # 3. What chooses ----------------------------------------------------------------------------------
@@ -182,13 +192,24 @@ def mean_of(tasks: dict, metric: str) -> float:
     return float(np.mean([scores[metric] for scores in tasks.values() if metric in scores]))
 
 def score(tasks: dict) -> float:
-    """The mean of VOC and of 2 RA - 1, RA the ranking accuracy at the same time: -1 to 1."""
+    """The mean of VOC and of 2 RA - 1, RA the ranking accuracy at the same time: -1 to 1; of a run
+    that diverged minus infinity."""
+    if not tasks:
+        return -np.inf
     return (mean_of(tasks, "voc") + 2 * mean_of(tasks, "ranking_accuracy_same_time") - 1) / 2
 
 def gap(tasks: dict) -> float:
     """VOC under the own sentence minus VOC under the opposite one, of the tasks that have one."""
+    if not tasks:
+        return -np.inf
     return float(np.mean([scores["voc"] - scores["voc_opposite"] for scores in tasks.values()
                           if "voc_opposite" in scores]))
+
+def gaps_kept(runs: dict, arm: str, fold: int) -> np.ndarray:
+    """Which share of the start's gap each setting of an arm keeps."""
+    before = gap(runs[f"zeroshot, fold {fold}, setting 0"])
+    keys = [f"{arm}, fold {fold}, setting {k}" for k in range(len(settings_of(arm)))]
+    return np.array([gap(runs[key]) for key in keys]) / before
 
 def best_setting(runs: dict, arm: str, fold: int) -> int:
     """The number of the best setting of an arm in a fold. A candidate of ours has to keep four
@@ -196,22 +217,24 @@ def best_setting(runs: dict, arm: str, fold: int) -> int:
     tried = [runs[f"{arm}, fold {fold}, setting {k}"] for k in range(len(settings_of(arm)))]
     scores = np.array([score(tasks) for tasks in tried])
     if arm in CANDIDATES:
-        gaps = np.array([gap(tasks) for tasks in tried])
-        reads = gaps >= 0.8 * gap(runs[f"zeroshot, fold {fold}, setting 0"])
-        if not reads.any():
-            return int(gaps.argmax())
-        scores[~reads] = -np.inf
+        kept = gaps_kept(runs, arm, fold)
+        if (kept < 0.8).all():
+            return int(kept.argmax())
+        scores[kept < 0.8] = -np.inf
     return int(scores.argmax())
 
 def ours(runs: dict, fold: int) -> str:
     """Of the candidates within one standard error of the best one, over the judges, the one with
-    the fewest terms."""
+    the fewest terms; "none" if none reads."""
+    readers = [arm for arm in CANDIDATES if (gaps_kept(runs, arm, fold) >= 0.8).any()]
+    if not readers:
+        return "none"
     scores = {}  # of each task that has pairs: (tasks,)
-    for arm in CANDIDATES:
+    for arm in readers:
         tasks = runs[f"{arm}, fold {fold}, setting {best_setting(runs, arm, fold)}"]
         scores[arm] = np.array([score({task: tasks[task]}) for task in sorted(tasks)
                                 if "ranking_accuracy_same_time" in tasks[task]])
-    order = sorted(CANDIDATES, key=lambda arm: -scores[arm].mean())
+    order = sorted(readers, key=lambda arm: -scores[arm].mean())
     near = [order[0]]
     for arm in order[1:]:
         behind = scores[order[0]] - scores[arm]
@@ -232,8 +255,9 @@ def jobs_of(args) -> dict[str, dict]:
                 jobs[f"{arm}, fold {fold}, setting {k}"] = dict(
                     job, setting=setting, test="judges", seed=0)
             continue
-        runs = vlmrm.read_json(args.results / "choices.json")["runs"]
-        setting = settings_of(arm)[best_setting(runs, arm, fold)]
+        with vlmrm.reading(args.results / "choices.json"):  # there, and whole
+            runs = vlmrm.read_json(args.results / "choices.json")["runs"]
+            setting = settings_of(arm)[best_setting(runs, arm, fold)]
         for seed in range(SEEDS if ARMS[arm][0] else 1):
             jobs[f"{arm}, fold {fold}, seed {seed}"] = dict(
                 job, setting=setting, test="unseen", seed=seed)
@@ -247,7 +271,8 @@ def files_of(args) -> dict[str, str]:
     if args.stage == "test":
         files["trial"] = args.trial
         files["choices"] = args.results / "choices.json"
-    checksums = {}
+    code = [__file__, *sorted((vlmrm.DATA / "objectives").glob("*.py"))]
+    checksums = {"vlmrm.py": vlmrm.THIS_FILE, "trial.py and the objectives": vlmrm.digest(*code)}
     for name, path in files.items():
         with vlmrm.reading(path):
             checksums[name] = vlmrm.digest(path)

@@ -404,6 +404,7 @@ def test_a_file_with_a_reward(program, tmp_path):
     (OWN + "TUNED = (1e-3, {0: 1.0})", "a constant is a plain number"),
     ("import torch\nloss = torch.nn.L1Loss()", "Make it a function"),
     ("import vlmrm\nvlmrm.cosine = None\n" + OWN, "changes vlmrm.cosine"),
+    ("import vlmrm\nvlmrm.METRICS['new'] = ('', 0)\n" + OWN, "changes vlmrm.OBJECTIVES, METRICS"),
     (LOSS + "return open('no such file')", "own.py, line 2: FileNotFoundError"),
     (LOSS + "return frames.square().mean() + frames.sum()", "needs COSINE = False"),
     (LOSS + "return (frames[:, 0] @ texts.T).sum() * float('nan')", "step 1: the loss is nan"),
@@ -448,20 +449,25 @@ def test_a_reward_of_turned_shape_is_refused(toy, tiny):
         vlmrm.evaluate(tiny, data, instructions, lambda frames, text: (frames @ text).T)
 
 def test_a_file_reaches_no_other(program, tmp_path, monkeypatch):
-    """Neither by a module beside it nor by sys.path. What is no file beside it, or hidden, does not
-    count."""
+    """Neither by a module beside it, in a folder of it or above it, nor by sys.path, the folder or
+    the default type. What is no file beside it, or hidden, does not count."""
     monkeypatch.chdir(tmp_path)
     for folder, sign in (("a", "-"), ("b", "+")):
-        (tmp_path / folder / "d.py").mkdir(parents=True)
-        (tmp_path / folder / ".#own.py").symlink_to("nowhere")
-        (tmp_path / folder / "helper.py").write_text(f"SIGN = {sign}1")
-        (tmp_path / folder / "own.py").write_text(
-            "import os, sys\n"
-            "sys.path.insert(0, os.path.dirname(__file__))\nfrom helper import SIGN\n"
+        (tmp_path / folder / "in" / "d.py").mkdir(parents=True)
+        (tmp_path / folder / "in" / ".#own.py").symlink_to("nowhere")
+        (tmp_path / folder / "lib").mkdir()
+        for helper in ("helper.py", "lib/deeper.py"):
+            (tmp_path / folder / helper).write_text(f"SIGN = {sign}1")
+        (tmp_path / folder / "in" / "own.py").write_text(
+            "import os, sys, torch\n"
+            "sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))\n"
+            "from helper import SIGN\nfrom lib import deeper\nassert deeper.SIGN == SIGN\n"
+            "os.chdir('/')\ntorch.set_default_dtype(torch.float64)\n"
             + LOSS + "return SIGN * (frames[:, 0] - texts).square().mean()")
     path = list(sys.path)
-    assert program(tmp_path / "a" / "own.py", tmp_path / "b" / "own.py") == 0
-    assert sys.path == path
+    assert program(tmp_path / "a" / "in" / "own.py", tmp_path / "b" / "in" / "own.py") == 0
+    assert sys.path == path and Path.cwd() == tmp_path
+    assert torch.get_default_dtype() == torch.float32
     one = read_kept(tmp_path / "runs" / "own-seed0")["log"]
     other = read_kept(tmp_path / "runs" / "own-seed0-2")["log"]
     assert one[0]["loss"] == -other[0]["loss"] < 0

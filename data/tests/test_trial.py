@@ -120,6 +120,40 @@ def test_ours_is_the_simplest_within_one_standard_error():
     runs["triplet + keep, fold 0, setting 2"] = with_tasks(0.4, 0.5, 0.5)
     assert trial.ours(runs, 0) == "anchored"
 
+def test_ours_reads():
+    """anchored is best but keeps no gap, directions does; where none does, there is none. A run
+    that diverged is worse than any."""
+    runs = runs_of(anchored=[(0.9, 0.9, 0.9)] * 8)
+    assert trial.ours(runs, 0) == "none"
+    runs["triplet + directions, fold 0, setting 1"] = result(0.6, 0.6, -0.4)
+    assert trial.ours(runs, 0) == "triplet + directions"
+    for k in range(7):
+        runs[f"triplet, fold 0, setting {k}"] = {}
+    assert trial.best_setting(runs, "triplet", 0) == 7
+
+def test_results_of_two_processes_are_kept(monkeypatch, tmp_path):
+    """And a setting that diverges stops nothing, but anything else does."""
+    def play(job):
+        if job == "other":
+            trial.vlmrm.write_whole(path, trial.vlmrm.to_json(
+                {"settings": {}, "runs": {"theirs": result(0.1, 0.5)}}))
+        if job == "diverges":
+            raise vlmrm.InputError("step 3: the loss is nan")
+        if job == "fails":
+            raise vlmrm.InputError("no data")
+        return result(0.5, 0.5)
+
+    path = tmp_path / "choices.json"
+    monkeypatch.setattr(trial, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(trial, "get_context", str)
+    monkeypatch.setattr(trial, "play", play)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    runs = trial.play_all({"a": "other", "b": "diverges"}, path, {}, 1)
+    assert set(runs) == {"theirs", "a", "b"} and runs["b"] == {}
+    with pytest.raises(vlmrm.InputError, match="no data"):
+        trial.play_all({"a": "", "c": "fails"}, path, {}, 1)
+    assert set(vlmrm.read_json(path)["runs"]) == {"theirs", "a", "b"}
+
 @pytest.fixture
 def small(monkeypatch, tmp_path, toy):
     """Runs trial.py with two arms on the toy data, in this process."""
