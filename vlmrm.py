@@ -1115,16 +1115,24 @@ def to_json(content: dict):
 
 THIS_FILE = digest(__file__)  # as it is when it is run, whatever is written to it later
 
-def checksums(config: dict) -> dict[str, str]:
-    """Of all files that decide the outcome of a run, but this one. What is no file is a name."""
-    found = {}
+def deciding_files(config: dict) -> dict[str, Path]:
+    """All files that decide the outcome of a run, but this one. What is no file is a name."""
+    files = {}
     for name in ("objective", "pretrained", "data", "instructions"):
         path = Path(config[name] or "")
         if path.is_file() and not (name == "objective" and config[name] in OBJECTIVES):
-            files = [path]
-            if name == "objective":  # it may import the files beside it: they count, too
-                files = sorted(file for file in path.parent.glob("[!.]*.py") if file.is_file())
-            found[name] = digest(*files)
+            files[name] = path
+    return files
+
+def checksums(config: dict) -> dict[str, str]:
+    """Of this file and of deciding_files(). An objective may import the files beside it: they
+    count, too."""
+    found = {"vlmrm.py": THIS_FILE}
+    for name, path in deciding_files(config).items():
+        files = [path]
+        if name == "objective":
+            files = sorted(file for file in path.parent.glob("[!.]*.py") if file.is_file())
+        found[name] = digest(*files)
     return found
 
 def configuration(args, objective: str, seed: int):
@@ -1134,9 +1142,9 @@ def configuration(args, objective: str, seed: int):
         config[name] = getattr(args, name)
     if args.backbone == "tiny" and args.pretrained is None:
         config["pretrained"] = DATA / "tiny.safetensors"
-    for name in checksums(config):
-        config[name] = str(Path(config[name]).resolve())
-    config["sha256"] = {"vlmrm.py": THIS_FILE, **checksums(config)}
+    for name, path in deciding_files(config).items():
+        config[name] = str(path.resolve())
+    config["sha256"] = checksums(config)
     parts = get_objective(config["objective"])
     with running(config["objective"]):
         rate, constants = parts["TUNED"]
@@ -1242,7 +1250,7 @@ def train_and_evaluate(config: dict, folder: Path, device: str):
         raise InputError(f"{data.path} has no experts to test on: collect at least 4 a task")
     instructions = load_instructions(config["instructions"], data.task)
     model = prepare_model(config, device)
-    if {**checksums(config), "vlmrm.py": THIS_FILE} != config["sha256"]:
+    if checksums(config) != config["sha256"]:
         raise InputError("a file that decides this run has changed: give the command again")
     for entry in instructions.values():
         for sentence in (entry["instruction"], *entry["paraphrases"]):

@@ -347,16 +347,20 @@ def folds(args: argparse.Namespace) -> None:
                 for task, scores in metrics["tasks"].items() if vlmrm.group_of(task) == "unseen"})
     vlmrm.write_whole(RESULTS / "folds.json", vlmrm.to_json(rows))
 
+def new_splits(data) -> np.ndarray:
+    """The splits (E,) of a data set by the present UNSEEN_TASKS."""
+    split = data.split.astype("U10")  # "validation" may not have been among them
+    for task in np.unique(data.task):
+        chosen = data.select(task=task)
+        episodes = [{"task": task, "source": data.source[e]} for e in chosen]
+        split[chosen] = [episode["split"] for episode in vlmrm.assign_splits(episodes)]
+    return split
+
 def split_anew(shipped, path: Path) -> Path:
     """Write the shipped episodes with the splits of the present UNSEEN_TASKS. Returns the path."""
-    split = shipped.split.copy()
-    for task in np.unique(shipped.task):
-        chosen = shipped.select(task=task)
-        episodes = [{"task": task, "source": shipped.source[e]} for e in chosen]
-        split[chosen] = [episode["split"] for episode in vlmrm.assign_splits(episodes)]
     file = io.BytesIO()
     with np.load(shipped.path) as arrays:
-        np.savez(file, **dict(arrays, split=split))
+        np.savez(file, **dict(arrays, split=new_splits(shipped)))
     path.parent.mkdir(parents=True, exist_ok=True)
     vlmrm.write_whole(path, file.getvalue())
     return path

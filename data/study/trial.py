@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import vlmrm
 from scenes import left_out
+from study import RESULTS, new_splits
 
-RESULTS = vlmrm.DATA / "results"
 KEPT = ("voc", "voc_opposite", "voc_paraphrase", "ranking_accuracy_same_time",
         "ranking_accuracy_within", "success_auroc", "retrieval_top1")
 
@@ -78,6 +78,7 @@ CANDIDATES = {"triplet + directions": 2, "triplet + keep": 2, "triplet + keep + 
               "anchored": 3}
 RATES = (4e-3, 2e-3, 1e-3, 5e-4)  # of adapters; with all weights a quarter of them
 SEEDS = 3
+KEEPS = 0.8  # of the start's gap: what a candidate has to keep, to count
 
 def settings_of(arm: str) -> list[dict]:
     """Eight settings of an arm: each rate with adapters and with all weights; steps and the places
@@ -116,11 +117,7 @@ def judges(fold: int) -> tuple[str, ...]:
 
 def split_anew(data, tasks: tuple) -> None:
     """Split the episodes by the present UNSEEN_TASKS, and test on these tasks alone."""
-    data.split = data.split.astype("U10")
-    for task in np.unique(data.task):
-        chosen = data.select(task=task)
-        episodes = [{"task": task, "source": data.source[e]} for e in chosen]
-        data.split[chosen] = [episode["split"] for episode in vlmrm.assign_splits(episodes)]
+    data.split = new_splits(data)
     data.split[(data.split == "test") & ~np.isin(data.task, tasks)] = "validation"
 
 def play(job: dict) -> dict[str, dict]:
@@ -205,33 +202,34 @@ def gap(tasks: dict) -> float:
     return float(np.mean([scores["voc"] - scores["voc_opposite"] for scores in tasks.values()
                           if "voc_opposite" in scores]))
 
+def tried_settings(runs: dict, arm: str, fold: int) -> list[dict]:
+    """The results of each setting of an arm."""
+    return [runs[f"{arm}, fold {fold}, setting {k}"] for k in range(len(settings_of(arm)))]
+
 def gaps_kept(runs: dict, arm: str, fold: int) -> np.ndarray:
     """Which share of the start's gap each setting of an arm keeps."""
-    before = gap(runs[f"zeroshot, fold {fold}, setting 0"])
-    keys = [f"{arm}, fold {fold}, setting {k}" for k in range(len(settings_of(arm)))]
-    return np.array([gap(runs[key]) for key in keys]) / before
+    [start] = tried_settings(runs, "zeroshot", fold)
+    return np.array([gap(tasks) for tasks in tried_settings(runs, arm, fold)]) / gap(start)
 
 def best_setting(runs: dict, arm: str, fold: int) -> int:
     """The number of the best setting of an arm in a fold. A candidate of ours has to keep four
     fifths of the gap of the start; if none does, the one that keeps most is taken."""
-    tried = [runs[f"{arm}, fold {fold}, setting {k}"] for k in range(len(settings_of(arm)))]
-    scores = np.array([score(tasks) for tasks in tried])
+    scores = np.array([score(tasks) for tasks in tried_settings(runs, arm, fold)])
     if arm in CANDIDATES:
         kept = gaps_kept(runs, arm, fold)
-        if (kept < 0.8).all():
+        if (kept < KEEPS).all():
             return int(kept.argmax())
-        scores[kept < 0.8] = -np.inf
+        scores[kept < KEEPS] = -np.inf
     return int(scores.argmax())
-
 def ours(runs: dict, fold: int) -> str:
     """Of the candidates within one standard error of the best one, over the judges, the one with
     the fewest terms; "none" if none reads."""
-    readers = [arm for arm in CANDIDATES if (gaps_kept(runs, arm, fold) >= 0.8).any()]
+    readers = [arm for arm in CANDIDATES if (gaps_kept(runs, arm, fold) >= KEEPS).any()]
     if not readers:
         return "none"
     scores = {}  # of each task that has pairs: (tasks,)
     for arm in readers:
-        tasks = runs[f"{arm}, fold {fold}, setting {best_setting(runs, arm, fold)}"]
+        tasks = tried_settings(runs, arm, fold)[best_setting(runs, arm, fold)]
         scores[arm] = np.array([score({task: tasks[task]}) for task in sorted(tasks)
                                 if "ranking_accuracy_same_time" in tasks[task]])
     order = sorted(readers, key=lambda arm: -scores[arm].mean())
