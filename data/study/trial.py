@@ -9,6 +9,7 @@ What is asked, and how it is decided, was written down before the first run: dat
 Each stage keeps its results in a file in data/results and goes on with what was stopped.
 """
 import functools
+import hashlib
 import itertools
 import os
 import sys
@@ -50,9 +51,9 @@ def directed(frames, texts, times, margin: float = 0.1, directions: float = 0.0)
     """mixture() of two terms: the untrained model need not look."""
     return mixture(frames, texts, times, None, margin, directions)
 
-def from_file(name: str):
-    """The loss of a file of data/objectives/."""
-    return vlmrm.get_objective(str(vlmrm.DATA / "objectives" / f"{name}.py"))["loss"]
+def from_file(name: str, part: str = "loss"):
+    """The loss, or the reward, of a file of data/objectives/."""
+    return vlmrm.get_objective(str(vlmrm.DATA / "objectives" / f"{name}.py"))[part]
 
 # {arm: (loss, {constant: values})}. Each arm has at most two constants of its own.
 ARMS = {
@@ -72,7 +73,11 @@ ARMS = {
     "anchored": (from_file("anchored"), {"keep": (0.3, 1.0, 3.0),
                                          "directions": (0.03, 0.1, 0.3)}),
     "zeroshot": (None, {}),
+    "clock": (None, {}),
+    "distance-from-start": (None, {}),
+    "simulator": (None, {}),  # its own reward
 }
+CONTROLS = ("clock", "distance-from-start", "simulator")  # only tested
 # Ours may be one of these: {arm: number of its terms}. All but triplet have to go on reading.
 CANDIDATES = {"triplet + directions": 2, "triplet + keep": 2, "triplet + keep + directions": 3,
               "anchored": 3}
@@ -120,6 +125,16 @@ def split_anew(data, tasks: tuple) -> None:
     data.split = new_splits(data)
     data.split[(data.split == "test") & ~np.isin(data.task, tasks)] = "validation"
 
+def simulator_scores(data) -> dict[str, dict]:
+    """VOC of the simulator's own reward, on experts to test on: {task: {"voc": score}}. It is below
+    1: the reward of an expert does not rise with every step."""
+    scores = {}
+    for task in np.unique(data.task[data.split == "test"]):
+        experts = data.select(split="test", source="expert", task=task)
+        voc = vlmrm.value_order_correlation(data.rewards[experts]).mean()
+        scores[str(task)] = {"voc": round(float(voc), 4)}
+    return scores
+
 def play(job: dict) -> dict[str, dict]:
     """Train an arm and test it: {task: {metric: score}}. job: arm, fold, setting, seed, test (the
     unseen tasks, or the judges), start, data and trial, the files of training and of testing."""
@@ -141,8 +156,13 @@ def play(job: dict) -> dict[str, dict]:
     if job["test"] == "unseen":
         data = vlmrm.Dataset(job["trial"])
         split_anew(data, tested)
+    if job["arm"] == "simulator":
+        return simulator_scores(data)
+    reward = vlmrm.cosine_reward
+    if job["arm"] in CONTROLS:
+        reward = from_file(job["arm"], "reward")
     kept = {}
-    for task, scores in vlmrm.evaluate(model, data, instructions)["tasks"].items():
+    for task, scores in vlmrm.evaluate(model, data, instructions, reward)["tasks"].items():
         if job["test"] == "judges" and instructions[task].get("opposite") not in tested:
             scores.pop("voc_opposite", None)  # of pairs of judges alone
         kept[task] = {}
@@ -153,14 +173,18 @@ def play(job: dict) -> dict[str, dict]:
         raise vlmrm.InputError(f"{data.path} has no episodes of {', '.join(tested)}")
     return kept
 
-def play_all(jobs: dict[str, dict], path: Path, settings: dict, workers: int) -> dict:
-    """Play the jobs that path has not, side by side, and keep each result at once."""
-    found = {"settings": settings, "runs": {}}
+def play_all(jobs: dict[str, dict], path: Path, files_of, workers: int) -> dict:
+    """Play the jobs that path has not, side by side, and keep each result at once. files_of(fold)
+    is what they depend on: a fold that was begun with other files is not gone on with."""
+    found = {"files": {}, "runs": {}}
     if path.exists():
         found = vlmrm.read_json(path)
-    if found["settings"] != settings:
-        raise vlmrm.InputError(f"{path} was made with other settings: move it away")
     left = {key: job for key, job in jobs.items() if key not in found["runs"]}
+    for fold in sorted({job["fold"] for job in left.values()}):
+        files = files_of(fold)
+        if found["files"].setdefault(str(fold), files) != files:
+            raise vlmrm.InputError(
+                f"{path}: fold {fold} was begun with other files: move it away")
     os.environ["TQDM_DISABLE"] = "1"  # the bars of the workers
     # A thread each: two runs side by side are faster than one with two threads.
     with ProcessPoolExecutor(
@@ -177,9 +201,10 @@ def play_all(jobs: dict[str, dict], path: Path, settings: dict, workers: int) ->
                     raise
                 found["runs"][key] = {}  # it diverged: worse than all others
             if path.exists():  # another process may work on it, too
-                found["runs"] = vlmrm.read_json(path)["runs"] | found["runs"]
+                theirs = vlmrm.read_json(path)
+                found = {part: theirs[part] | found[part] for part in found}
             vlmrm.write_whole(path, vlmrm.to_json(found))
-            done.set_postfix_str(f"{key}: {score(found['runs'][key]):.3f}")
+            done.set_postfix_str(key)
     return found["runs"]
 
 # 3. What chooses ----------------------------------------------------------------------------------
@@ -221,6 +246,7 @@ def best_setting(runs: dict, arm: str, fold: int) -> int:
             return int(kept.argmax())
         scores[kept < KEEPS] = -np.inf
     return int(scores.argmax())
+
 def ours(runs: dict, fold: int) -> str:
     """Of the candidates within one standard error of the best one, over the judges, the one with
     the fewest terms; "none" if none reads."""
@@ -248,38 +274,49 @@ def jobs_of(args) -> dict[str, dict]:
     for fold, arm in itertools.product(args.folds, args.arms):
         job = {"arm": arm, "fold": fold, "start": args.starts / f"fold{fold}.safetensors",
                "data": args.data, "trial": args.trial, "device": args.device}
+        settings = settings_of(arm)
         if args.stage == "choose":
-            for k, setting in enumerate(settings_of(arm)):
+            for k, setting in enumerate(settings if arm not in CONTROLS else []):
                 jobs[f"{arm}, fold {fold}, setting {k}"] = dict(
                     job, setting=setting, test="judges", seed=0)
             continue
-        with vlmrm.reading(args.results / "choices.json"):  # there, and whole
-            runs = vlmrm.read_json(args.results / "choices.json")["runs"]
-            setting = settings_of(arm)[best_setting(runs, arm, fold)]
+        best = 0
+        if arm not in CONTROLS:
+            with vlmrm.reading(args.results / "choices.json"):  # there, and whole
+                runs = vlmrm.read_json(args.results / "choices.json")["runs"]
+                best = best_setting(runs, arm, fold)
         for seed in range(SEEDS if ARMS[arm][0] else 1):
             jobs[f"{arm}, fold {fold}, seed {seed}"] = dict(
-                job, setting=setting, test="unseen", seed=seed)
+                job, setting=settings[best], test="unseen", seed=seed)
     return jobs
 
-def files_of(args) -> dict[str, str]:
-    """The checksums of all files that a stage reads."""
-    files = {"data": args.data, "instructions": vlmrm.DATA / "instructions.json"}
-    for fold in range(5):
-        files[f"start of fold {fold}"] = args.starts / f"fold{fold}.safetensors"
-    if args.stage == "test":
-        files["trial"] = args.trial
-        files["choices"] = args.results / "choices.json"
+def episodes_digest(path: Path, tasks: tuple) -> str:
+    """SHA-256 of the episodes of some tasks: whatever else is in the file."""
+    data = vlmrm.Dataset(path)
+    found = hashlib.sha256()
+    for e in np.flatnonzero(np.isin(data.task, tasks)):
+        found.update(data.strips[data.offsets[e]:data.offsets[e + 1]].tobytes())
+        found.update(data.rewards[e].tobytes() + data.success[e].tobytes())
+    return found.hexdigest()
+
+def files_of(args, fold: int) -> dict[str, str]:
+    """The checksums of all that the runs of a fold depend on."""
     code = [__file__, *sorted((vlmrm.DATA / "objectives").glob("*.py"))]
     checksums = {"vlmrm.py": vlmrm.THIS_FILE, "trial.py and the objectives": vlmrm.digest(*code)}
+    files = {"data": args.data, "instructions": vlmrm.DATA / "instructions.json",
+             "start": args.starts / f"fold{fold}.safetensors"}
     for name, path in files.items():
         with vlmrm.reading(path):
             checksums[name] = vlmrm.digest(path)
+    if args.stage == "test":
+        checksums["trial"] = episodes_digest(args.trial, left_out(fold))
     return checksums
 
 def work(args) -> None:
     """Do a stage."""
     name = {"choose": "choices.json", "test": "trial.json"}[args.stage]
-    runs = play_all(jobs_of(args), args.results / name, files_of(args), args.workers)
+    files = functools.partial(files_of, args)
+    runs = play_all(jobs_of(args), args.results / name, files, args.workers)
     if args.stage == "choose" and {"zeroshot", *CANDIDATES} <= set(args.arms):
         for fold in args.folds:
             print(f"fold {fold}: ours is {ours(runs, fold)}")

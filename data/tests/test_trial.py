@@ -29,7 +29,7 @@ def test_folds_and_judges():
     assert sorted(seen_once) == sorted(INSTRUCTIONS)
     assert scenes.left_out(0) == vlmrm.UNSEEN_TASKS
 
-@pytest.mark.parametrize("arm", sorted(set(trial.ARMS) - {"zeroshot"}))
+@pytest.mark.parametrize("arm", sorted(arm for arm in trial.ARMS if trial.ARMS[arm][0]))
 def test_equal_budgets(arm):
     """Each rate in both ways; the same steps for every arm; every constant twice or more."""
     _, lists = trial.ARMS[arm]
@@ -134,12 +134,12 @@ def test_ours_reads():
 def test_results_of_two_processes_are_kept(monkeypatch, tmp_path):
     """And a setting that diverges stops nothing, but anything else does."""
     def play(job):
-        if job == "other":
-            trial.vlmrm.write_whole(path, trial.vlmrm.to_json(
-                {"settings": {}, "runs": {"theirs": result(0.1, 0.5)}}))
-        if job == "diverges":
+        if job["what"] == "other":
+            vlmrm.write_whole(path, vlmrm.to_json(
+                {"files": {"1": {}}, "runs": {"theirs": result(0.1, 0.5)}}))
+        if job["what"] == "diverges":
             raise vlmrm.InputError("step 3: the loss is nan")
-        if job == "fails":
+        if job["what"] == "fails":
             raise vlmrm.InputError("no data")
         return result(0.5, 0.5)
 
@@ -148,11 +148,17 @@ def test_results_of_two_processes_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(trial, "get_context", str)
     monkeypatch.setattr(trial, "play", play)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    runs = trial.play_all({"a": "other", "b": "diverges"}, path, {}, 1)
+    def play_all(**jobs):
+        return trial.play_all({name: {"fold": 0, "what": what} for name, what in jobs.items()},
+                              path, lambda fold: {"data": "some"}, 1)
+
+    runs = play_all(a="other", b="diverges")
     assert set(runs) == {"theirs", "a", "b"} and runs["b"] == {}
     with pytest.raises(vlmrm.InputError, match="no data"):
-        trial.play_all({"a": "", "c": "fails"}, path, {}, 1)
-    assert set(vlmrm.read_json(path)["runs"]) == {"theirs", "a", "b"}
+        play_all(a="", c="fails")
+    found = vlmrm.read_json(path)
+    assert set(found["runs"]) == {"theirs", "a", "b"}
+    assert found["files"] == {"0": {"data": "some"}, "1": {}}
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, toy):
@@ -160,7 +166,7 @@ def small(monkeypatch, tmp_path, toy):
     monkeypatch.setattr(trial, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(trial, "get_context", str)
     monkeypatch.setattr(trial, "judges", lambda fold: ("sweep-v3",))
-    monkeypatch.setattr(trial, "ARMS", {arm: trial.ARMS[arm] for arm in ("triplet", "zeroshot")})
+    monkeypatch.setattr(trial, "ARMS", {arm: trial.ARMS[arm] for arm in ("triplet", "zeroshot", *trial.CONTROLS)})
     monkeypatch.setattr(vlmrm, "UNSEEN_TASKS", vlmrm.UNSEEN_TASKS)  # it is put back
     monkeypatch.setattr(trial, "SEEDS", 2)
     short = [dict(setting, steps=1) for setting in trial.settings_of("triplet")[:2]]
@@ -187,20 +193,43 @@ def test_the_trial_on_toy_data(small, tmp_path, monkeypatch, capsys):
 
     assert small("test") == 0
     runs = vlmrm.read_json(tmp_path / "trial.json")["runs"]
-    assert set(runs) == {"triplet, fold 0, seed 0", "triplet, fold 0, seed 1",
-                         "zeroshot, fold 0, seed 0"}
+    untrained = {f"{arm}, fold 0, seed 0" for arm in ("zeroshot", *trial.CONTROLS)}
+    assert set(runs) == {"triplet, fold 0, seed 0", "triplet, fold 0, seed 1", *untrained}
     for tasks in runs.values():
         assert set(tasks) == {"drawer-open-v3"}
     zeroshot = runs["zeroshot, fold 0, seed 0"]["drawer-open-v3"]
     assert {"voc", "voc_opposite", "retrieval_top1"} <= set(zeroshot)
+    clock = runs["clock, fold 0, seed 0"]["drawer-open-v3"]
+    assert (clock["voc"], clock["voc_opposite"]) == (1, 1)
+    assert set(runs["simulator, fold 0, seed 0"]["drawer-open-v3"]) == {"voc"}
     assert runs["triplet, fold 0, seed 0"] != runs["triplet, fold 0, seed 1"]
 
     monkeypatch.setattr(trial, "play", None)  # the second time there is no work
     assert small("choose") == 0 and small("test") == 0
-    (tmp_path / "starts/fold4.safetensors").unlink()
+    runs.pop("clock, fold 0, seed 0")
+    found = vlmrm.read_json(tmp_path / "trial.json")
+    vlmrm.write_whole(tmp_path / "trial.json", vlmrm.to_json(dict(found, runs=runs)))
+    (tmp_path / "starts/fold4.safetensors").unlink()  # of another fold
+    monkeypatch.setattr(trial, "play", lambda job: clock)
+    assert small("test") == 0
+    vlmrm.write_whole(tmp_path / "trial.json", vlmrm.to_json(dict(found, runs=runs)))
+    (tmp_path / "starts/fold0.safetensors").unlink()
     capsys.readouterr()
-    assert small("choose") == 2
-    assert "fold4" in capsys.readouterr().err
-    (tmp_path / "starts/fold4.safetensors").write_bytes(b"other weights")
-    assert small("choose") == 2
-    assert "other settings" in capsys.readouterr().err
+    assert small("test") == 2
+    assert "fold0" in capsys.readouterr().err
+    (tmp_path / "starts/fold0.safetensors").write_bytes(b"other weights")
+    assert small("test") == 2
+    assert "other files" in capsys.readouterr().err
+
+def test_the_digest_of_episodes(toy, tmp_path):
+    """It is of the given tasks alone, in whatever file they are."""
+    data = vlmrm.Dataset(toy.path)
+    task, other, *_ = sorted(set(data.task))
+    with np.load(toy.path) as arrays:
+        changed = dict(arrays)
+    changed["rewards"][data.task == other] += 1
+    np.savez(tmp_path / "other.npz", **changed)
+    same = trial.episodes_digest(tmp_path / "other.npz", (task,))
+    assert same == trial.episodes_digest(toy.path, (task,))
+    different = trial.episodes_digest(tmp_path / "other.npz", (other,))
+    assert different != trial.episodes_digest(toy.path, (other,))
