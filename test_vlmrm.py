@@ -21,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # whoever imports mujoco first: it reads it once
@@ -273,7 +274,7 @@ ARGUMENTS = [
                              0.98, vlmrm.negative_permutations(3, 6))),
     ("info_nce", (unit(6, 6),)), ("norm_penalty", (FRAMES, 0.1, 0.2)),
     ("value_order_correlation", (ROWS[0],)), ("ranking_accuracy", (ROWS[0], ROWS[1])),
-    ("ranking_accuracy", (ROWS[0], ROWS[1], "across")),
+    ("worse_frames", (ROWS[1], "across")), ("ranking_accuracy", (ROWS[0], ROWS[1], "across")),
     ("ranking_accuracy", (ROWS[0], ROWS[1], "same_time")),
     ("reading_metrics", (np.random.default_rng(4).random((9, 2, 5)), 0, 1)),
     ("paired_p_value", (ROWS[0, 0], ROWS[1, 0]))]
@@ -570,6 +571,28 @@ def test_without_a_simulator_there_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(vlmrm.InputError, match="cannot render reach-v3.*libosmesa6"):
         vlmrm.open_task("reach-v3", 32)
+
+def test_an_episode_goes_wrong():
+    """From step 4 on the expert's 1 gives way to random actions, each for ten steps; and without
+    noise an episode ends five steps after success."""
+    done = []
+
+    def step(action):
+        done.append(action)
+        return None, 0.0, False, False, {"success": len(done) == 7}
+
+    poses = SimpleNamespace(**{name: np.zeros(3) for name in vlmrm.POSES})
+    env = SimpleNamespace(reset=lambda: (None, {}), step=step, data=poses)
+    expert = SimpleNamespace(get_action=lambda observation: np.ones(4))
+    rng = np.random.default_rng(0)
+    assert len(vlmrm.roll_out(env, expert, rng, 40)) == 12
+    done.clear()
+    history = vlmrm.roll_out(env, expert, rng, 30, 1e-9, wrong_from=4)
+    assert len(history) == len(done) == 30
+    actions = np.round(done, 6)
+    changes = np.flatnonzero((np.diff(actions, axis=0) != 0).any(axis=1)) + 1
+    assert list(changes) == [4, 14, 24]
+    assert (actions[:4] == 1).all() and (np.abs(actions) <= 1).all()
 
 @pytest.mark.rendering
 def test_collection(rendering, tmp_path, capsys):
@@ -908,6 +931,25 @@ def test_a_perfect_model_gets_perfect_scores(toy):
     assert set(report["tasks"]) == set(COLORS) and "voc" not in report["tasks"]["push-v3"]
     assert report["seen"]["voc"]["tasks"] == 2
     assert report["seen"]["ranking_accuracy_within"]["tasks"] == 3
+
+def test_few_pairs_are_no_ranking(toy, monkeypatch):
+    """A task has as many pairs at the same time as are counted by hand; with fewer than asked for
+    it has no ranking there, but all other metrics."""
+    data = vlmrm.Dataset(toy.path)
+    episodes = data.select(split="test", source="mixed", task="push-v3")
+    truth = data.rewards[episodes]
+    pairs = 0
+    for one, other in itertools.permutations(truth, 2):
+        pairs += int((one > other + 0.1).sum())
+    before = vlmrm.evaluate(Oracle(), data, INSTRUCTIONS)["tasks"]["push-v3"]
+    assert before["pairs_same_time"] == pairs > 0
+    monkeypatch.setattr(vlmrm, "FEWEST_PAIRS", pairs)
+    assert "ranking_accuracy_same_time" in vlmrm.evaluate(
+        Oracle(), data, INSTRUCTIONS)["tasks"]["push-v3"]
+    monkeypatch.setattr(vlmrm, "FEWEST_PAIRS", pairs + 1)
+    after = vlmrm.evaluate(Oracle(), data, INSTRUCTIONS)["tasks"]["push-v3"]
+    assert set(before) - set(after) <= {"ranking_accuracy_same_time"}
+    assert "ranking_accuracy_same_time" not in after
 
 def test_tasks_with_one_sentence_are_no_rivals(toy):
     """Of four tasks two have the same: three sentences, which the oracle tells apart."""

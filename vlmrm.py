@@ -109,8 +109,9 @@ def read_json(path):
 # It also has a reward of its own, 0 to 10, which models never see. Two kinds of episodes:
 #   expert  the scripted policy. Only successes are kept, and end 5 steps after success. We train on
 #           some and test on others: there the later picture is the one that is further.
-#   mixed   the same policy with noise and random actions, for 150 steps: some succeed, most dither,
-#           fail or go backwards. No training: the simulator's reward says which picture is better.
+#   mixed   the same policy with noise and random actions, or one that goes wrong half-way, for 150
+#           steps: some succeed, most dither, fail or go backwards. No training: the simulator's
+#           reward says which picture is better.
 # Ten tasks are unseen: never trained on. Each has a relative among the other forty: door-close for
 # door-open.
 
@@ -175,9 +176,11 @@ def open_task(task: str, size: int):
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     return env, policies[task], renderer
 
-def roll_out(env, policy, rng, steps: int, noise: float, random_share: float) -> list[tuple]:
+def roll_out(env, policy, rng, steps: int, noise: float = 0.0, random_share: float = 0.0,
+             wrong_from: float = math.inf) -> list[tuple]:
     """An episode: of each step (poses, reward, success flag). A share of actions is random, all get
-    Gaussian noise. Without noise (an expert) it ends 5 steps after success."""
+    Gaussian noise; from step wrong_from on they are random, each for ten steps. Without noise (an
+    expert) it ends 5 steps after success."""
     observation, _ = env.reset()
     history = []
     after_success = 0  # counts the success, too
@@ -185,6 +188,10 @@ def roll_out(env, policy, rng, steps: int, noise: float, random_share: float) ->
         action = policy.get_action(observation)
         if rng.random() < random_share:
             action = rng.uniform(-1, 1, size=4)  # x, y, z, gripper
+        if len(history) >= wrong_from:
+            if (len(history) - wrong_from) % 10 == 0:
+                wrong = rng.uniform(-1, 1, size=4)
+            action = wrong
         action = np.clip(action + noise * rng.normal(size=4), -1, 1)
         observation, reward, _, _, info = env.step(action)
         # Drawing costs ten times as much as a step: keep the poses now, draw a chosen few later.
@@ -229,10 +236,13 @@ def collect_task(job: dict) -> list[dict]:
         env._freeze_rand_vec = False
         env.seed(seed)
         rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
-        noise = rng.uniform(0.3, 1.5) if mixed else 0.0
-        random_share = rng.choice([0.0, 0.3, 0.7]) if mixed else 0.0
-        length = 150 if mixed else 300
-        history = roll_out(env, policy(), rng, length, noise, random_share)
+        if not mixed:
+            history = roll_out(env, policy(), rng, 300)
+        elif (len(episodes) - job["expert"]) % 3 == 2:  # every third one goes wrong
+            history = roll_out(env, policy(), rng, 150, 0.1, wrong_from=rng.integers(10, 60))
+        else:
+            noise = rng.uniform(0.3, 1.5)
+            history = roll_out(env, policy(), rng, 150, noise, rng.choice([0.0, 0.3, 0.7]))
         poses, rewards, successes = zip(*history)
         if not mixed and not any(successes):
             continue
@@ -954,6 +964,8 @@ METRICS = {  # name in metrics.json: (what it is, the value of a reward that kno
     "retrieval_top1": ("the end prefers its own text", 0.02),  # of 50
 }
 
+FEWEST_PAIRS = 50  # at the same time: with fewer a task has no such ranking accuracy
+
 def value_order_correlation(predicted: np.ndarray):
     """VOC: Spearman correlation of rewards (..., T) with time: (...,). Ties share their rank, a
     constant gets 0. Source: GVL, 2411.04549, and OpenGVL's code."""
@@ -963,20 +975,24 @@ def value_order_correlation(predicted: np.ndarray):
     norm = np.sqrt((ranks**2).sum(-1) * (centred_time**2).sum())
     return np.divide(ranks @ centred_time, norm, out=np.zeros_like(norm), where=norm != 0)
 
+def worse_frames(true_reward: np.ndarray, pairs: str = "within", threshold: float = 0.1):
+    """Pairs of a frame i and a worse one j, of rewards (E, T): bool (E T, E T). pairs: "within" an
+    episode, "across" different ones, or at the "same_time" of different ones. Worse: its true
+    reward is lower by more than the threshold, which is our choice."""
+    # As columns (E T, 1): a column against its transpose compares row i with column j, all pairs.
+    episode, frame = np.indices(true_reward.shape).reshape(2, -1, 1)
+    r = np.float64(true_reward).reshape(-1, 1)
+    same_episode = episode == episode.T
+    kinds = {"within": same_episode, "across": ~same_episode,
+             "same_time": ~same_episode & (frame == frame.T)}
+    return kinds[pairs] & (r.T < r - threshold)
+
 def ranking_accuracy(predicted: np.ndarray, true_reward: np.ndarray, pairs: str = "within",
                      threshold: float = 0.1):
-    """Share of pairs (a frame, a worse one) that are put in the right order; ties count half. Both
-    (E, T) -> 0 to 1, NaN without pairs or if a reward is NaN. pairs: "within" an episode, "across"
-    different ones, or at the "same_time" of different ones. Worse: its true reward is lower by more
-    than the threshold, which is our choice."""
-    # As columns (E T, 1): a column against its transpose compares row i with column j, all pairs.
-    episode, frame = np.indices(predicted.shape).reshape(2, -1, 1)
-    p = predicted.reshape(-1, 1)
-    r = np.float64(true_reward).reshape(-1, 1)
-    worse = r.T < r - threshold  # (E T, E T): is frame j worse than frame i?
-    same_episode = episode == episode.T
-    worse &= {"within": same_episode, "across": ~same_episode,
-              "same_time": ~same_episode & (frame == frame.T)}[pairs]
+    """Share of the pairs of worse_frames() that are put in the right order; ties count half. Both
+    (E, T) -> 0 to 1, NaN without pairs or if a reward is NaN. Uses worse_frames()."""
+    worse = worse_frames(true_reward, pairs, threshold)
+    p = predicted.reshape(-1, 1)  # (E T, 1)
     if not worse.any() or np.isnan(p).any():
         return math.nan
     right = (p > p.T)[worse].sum() + (p == p.T)[worse].sum() / 2
@@ -1068,6 +1084,9 @@ def evaluate_task(model, data, instructions, reward, texts, task: str) -> tuple[
     scores = reading_metrics(under[:, expert], own, opposite)
     for pairs in ("within", "same_time"):
         scores[f"ranking_accuracy_{pairs}"] = ranking_accuracy(p[~expert], truth[~expert], pairs)
+    scores["pairs_same_time"] = int(worse_frames(truth[~expert], "same_time").sum())
+    if scores["pairs_same_time"] < FEWEST_PAIRS:
+        del scores["ranking_accuracy_same_time"]
     scores["ranking_accuracy_across"] = ranking_accuracy(p, truth, "across")
     scores["success_auroc"] = ranking_accuracy(ends, success, "across")
     scores = {metric: score for metric, score in scores.items() if not math.isnan(score)}

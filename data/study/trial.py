@@ -31,7 +31,7 @@ from scenes import left_out
 from study import RESULTS, new_splits
 
 KEPT = ("voc", "voc_opposite", "voc_paraphrase", "ranking_accuracy_same_time",
-        "ranking_accuracy_within", "success_auroc", "retrieval_top1")
+        "pairs_same_time", "ranking_accuracy_within", "success_auroc", "retrieval_top1")
 
 # 1. Arms and settings -----------------------------------------------------------------------------
 
