@@ -1,9 +1,13 @@
 """Tests of the tools: what all of them do, a data set of films, a film of rewards, a model for the
 Hub, and an environment with a learned reward. LeRobot's data have a file of their own."""
+import base64
 import importlib.util
+import io
+import json
 import os
 import re
 import shutil
+import subprocess
 import weakref
 from pathlib import Path
 
@@ -23,6 +27,7 @@ import lerobot
 import show
 from conftest import GROWING, command, one_line, read_kept, refuses
 
+INSTRUCTIONS = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), dtype=np.uint8)
 
 # -----------------------------------------------------------------------------
@@ -50,7 +55,7 @@ def test_tools_run_from_any_folder(tmp_path):
     (lerobot.main, "read a --out new.npz --sentences s.json --episodes 0", "--episodes 0 is none"),
     (lerobot.main, "progress run a --size -96", "between 8"),
     (lerobot.main, "progress run", "folder"),
-    (show.main, "run clip.gif", "instruction"),
+    (show.main, "run clip.gif", "under which sentence"), (show.main, "run", "run/config.json"),
     (show.main, "run clip.gif open --out reward.avi", "must end with .gif or .mp4"),
     (show.main, "run clip.gif open", "cannot read run/config.json"),
     (hub.main, "run new", "cannot read run/config.json"),
@@ -232,6 +237,43 @@ def test_the_curve_is_where_its_columns_say():
     tops = np.where(blue.any(0), blue.argmax(0), 240)
     assert abs(int(np.argmin(tops)) - columns[7]) <= 3
     assert (np.diff(columns) > 20).all()
+
+def test_a_page_of_a_run(finished, toy, capsys):
+    """Unseen tasks first; rewards as score() says; a browser, where there is one, shows them."""
+    assert show.main([str(finished)]) == 0
+    page = finished / "page.html"
+    assert str(page) in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    content = json.loads(re.search(r"const DATA = (.*);\n", text)[1])
+    names = [episode["name"] for episode in content["episodes"]]
+    assert names[0] == "drawer-open-v3, unseen task: expert, succeeds"
+    assert "unseen" not in names[-1] and len(set(names)) == len(names) >= 4
+    data = vlmrm.Dataset(toy.path)
+    e = data.select(task="drawer-open-v3", source="expert", split="test")[0]
+    first = content["episodes"][0]
+    packed = base64.b64decode(first["strip"].partition(",")[2])
+    assert np.asarray(Image.open(io.BytesIO(packed))).size == data.pictures(e).size
+    model = vlmrm.load_reward_model(finished)
+    sentence = INSTRUCTIONS["drawer-open-v3"]["instruction"]
+    rewards = model.score(data.pictures(e), sentence)
+    assert first["curves"][f"“{sentence}”"] == pytest.approx(rewards, abs=1e-5)
+    assert [len(values) for values in first["curves"].values()] == [data.T] * 3
+    browser = shutil.which("chromium")
+    if browser:
+        shown = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
+             "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60).stdout
+        assert shown.count('points="10,') == 4 and f"{rewards[0]:.3f}</output>" in shown
+
+def test_a_page_is_of_the_data_of_its_run(finished, toy, capsys, monkeypatch):
+    """Not of other episodes with the same numbers."""
+    digest = vlmrm.digest
+
+    def changed(*files):
+        return "another" if files[0] == Path(toy.path).resolve() else digest(*files)
+
+    monkeypatch.setattr(vlmrm, "digest", changed)
+    refuses(show.main, [str(finished)], capsys, "npz has changed since")
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4", ""])
 def test_rewards_of_a_film(finished, toy, place, capsys, suffix):

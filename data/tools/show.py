@@ -1,25 +1,32 @@
-"""The rewards of a film, in numbers and as a film with its reward under it.
+"""The rewards of a film, in numbers and as a film with its reward under it; or a page with the test
+episodes of a run.
 
     python data/tools/show.py runs/triplet-seed0 clip.mp4 "close the drawer"
+    python data/tools/show.py runs/triplet-seed0
 
-prints the reward of each picture and writes clip-reward.gif. A picture or a folder of numbered
+The first command prints the reward of each picture and writes clip-reward.gif. A picture or a folder of numbered
 pictures will do too. Each sentence gets a column and a curve. With --out reward.mp4 it becomes a
 film of that name and kind. It shows eight pictures a second, all that there are: cut a long film
-first.
+first. The second one writes runs/triplet-seed0/page.html: an episode, a slider over its pictures,
+its rewards under each sentence. It is one file that any browser opens.
 """
 import common  # first: it knows where vlmrm.py is
 import vlmrm
 
+import base64
 import io
+import json
 from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 WIDTH = 480  # pixels, of the film
+MOST = 40  # episodes on a page
 
 def score(model, path: Path, sentence: str) -> list[float]:
     """The rewards of all pictures (T,). Raises InputError."""
@@ -81,14 +88,77 @@ def show(args) -> None:
     vlmrm.write_whole(out, file.getvalue())
     print(f"see {out}")
 
+def choose_episodes(data, tested: list[int]) -> list[int]:
+    """The first expert of each task, of unseen ones also the first failure; unseen ones first."""
+    chosen = []
+    for group in ("unseen", "seen"):
+        for task in sorted(set(data.task[tested].tolist())):
+            if vlmrm.group_of(task) != group:
+                continue
+            here = [e for e in tested if data.task[e] == task]
+            experts = [e for e in here if data.source[e] == "expert"]
+            failures = [e for e in here if not data.success[e].any()]
+            chosen += experts[:1]
+            if group == "unseen":
+                chosen += failures[:1]
+    return chosen[:MOST]
+
+def curves_of(model, pictures: np.ndarray, instructions: dict, task: str) -> dict[str, list]:
+    """The rewards of pictures under the sentence of a task, the opposite one, and a paraphrase."""
+    entry = instructions[task]
+    sentences = {f"“{entry['instruction']}”": entry["instruction"]}
+    opposite = entry.get("opposite")
+    if opposite:
+        sentence = instructions[opposite]["instruction"]
+        sentences[f"the opposite, “{sentence}”"] = sentence
+    sentences[f"a paraphrase, “{entry['paraphrases'][0]}”"] = entry["paraphrases"][0]
+    frames = model.embed_frames(pictures).cpu()  # (T, D)
+    texts = model.embed_texts(list(sentences.values())).cpu()
+    return {what: vlmrm.cosine(frames, text).tolist() for what, text in zip(sentences, texts)}
+
+@torch.inference_mode()
+def draw_page(run: Path) -> None:
+    """Write page.html into the folder of a run. Raises InputError."""
+    config = vlmrm.read_json(run / "config.json")
+    model = vlmrm.load_reward_model(run)
+    data = vlmrm.Dataset(config["data"])
+    if vlmrm.digest(data.path) != config["sha256"]["data"]:
+        raise vlmrm.InputError(f"{data.path} has changed since this run")
+    instructions = vlmrm.load_instructions(config["instructions"], data.task)
+    tested = vlmrm.read_json(run / "metrics.json")["predicted"]
+    episodes = []
+    for e in tqdm(choose_episodes(data, [int(e) for e in tested]), "episodes"):
+        task = data.task[e]
+        strip = data.strips[data.offsets[e]:data.offsets[e + 1]].tobytes()
+        outcome = "succeeds" if data.success[e].any() else "fails"
+        episodes.append({
+            "name": f"{task}, {vlmrm.group_of(task)} task: {data.source[e]}, {outcome}",
+            "strip": "data:image/webp;base64," + base64.b64encode(strip).decode(),
+            "curves": curves_of(model, data.pictures(e), instructions, task),
+            "simulator": data.rewards[e].tolist()})
+    content = json.dumps({"title": f"vlmrm: {run.resolve().name}", "episodes": episodes})
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = page.replace("/*DATA*/", content.replace("<", "\\u003c"))
+    vlmrm.write_whole(run / "page.html", page.encode())
+    print(f"open {run / 'page.html'} in a browser")
+
+def work(args) -> None:
+    """Write the film, or the page. Raises InputError."""
+    if args.film is None:
+        draw_page(args.run)
+    elif not args.instruction:
+        raise vlmrm.InputError("under which sentence? Add one, such as \"close the drawer\"")
+    else:
+        show(args)
+
 def main(argv: list[str] = None) -> int:
     parser = common.Parser("show", description=__doc__)
     add = parser.add_argument
     add("run", type=Path, help="such as runs/triplet-seed0")
-    add("film", type=Path, help="mp4, gif, webm, ..., a picture, or a folder of pictures")
-    add("instruction", nargs="+", help="what it should show")
+    add("film", type=Path, nargs="?", help="mp4, gif, webm, ..., a picture, or a folder of pictures")
+    add("instruction", nargs="*", help="what it should show")
     add("--out", type=Path, help="an mp4 or gif (the film's name, with -reward.gif)")
-    return common.main(parser, show, argv)
+    return common.main(parser, work, argv)
 
 if __name__ == "__main__":
     raise SystemExit(main())
