@@ -8,6 +8,7 @@
 What is asked, and how it is decided, was written down before the first run: data/results/README.md.
 Each stage keeps its results in a file in data/results and goes on with what was stopped.
 """
+import argparse
 import functools
 import hashlib
 import itertools
@@ -28,7 +29,8 @@ from tqdm import tqdm
 
 import vlmrm
 from scenes import left_out
-from study import RESULTS, new_splits
+
+RESULTS = vlmrm.DATA / "results"
 
 KEPT = ("voc", "voc_opposite", "voc_paraphrase", "ranking_accuracy_same_time",
         "pairs_same_time", "ranking_accuracy_within", "success_auroc", "retrieval_top1")
@@ -122,7 +124,11 @@ def judges(fold: int) -> tuple[str, ...]:
 
 def split_anew(data, tasks: tuple) -> None:
     """Split the episodes by the present UNSEEN_TASKS, and test on these tasks alone."""
-    data.split = new_splits(data)
+    data.split = data.split.astype("U10")  # "validation" may not have been among them
+    for task in np.unique(data.task):
+        chosen = data.select(task=task)
+        episodes = [{"task": task, "source": data.source[e]} for e in chosen]
+        data.split[chosen] = [episode["split"] for episode in vlmrm.assign_splits(episodes)]
     data.split[(data.split == "test") & ~np.isin(data.task, tasks)] = "validation"
 
 def simulator_scores(data) -> dict[str, dict]:
@@ -169,16 +175,20 @@ def play(job: dict) -> dict[str, dict]:
         for metric in KEPT:
             if metric in scores:
                 kept[task][metric] = round(float(scores[metric]), 4)
-    if not kept:
-        raise vlmrm.InputError(f"{data.path} has no episodes of {', '.join(tested)}")
+    missing = set(tested) - set(kept)
+    if missing:
+        raise vlmrm.InputError(f"{data.path} has no episodes of {', '.join(sorted(missing))}")
     return kept
 
 def play_all(jobs: dict[str, dict], path: Path, files_of, workers: int) -> dict:
     """Play the jobs that path has not, side by side, and keep each result at once. files_of(fold)
     is what they depend on: a fold that was begun with other files is not gone on with."""
-    found = {"files": {}, "runs": {}}
+    found = {"files": {}, "settings": {}, "runs": {}}
     if path.exists():
         found = vlmrm.read_json(path)
+    for arm in sorted({job["arm"] for job in jobs.values()}):
+        if found["settings"].setdefault(arm, settings_of(arm)) != settings_of(arm):
+            raise vlmrm.InputError(f"{path}: {arm} had other settings: move it away")
     left = {key: job for key, job in jobs.items() if key not in found["runs"]}
     for fold in sorted({job["fold"] for job in left.values()}):
         files = files_of(fold)
@@ -231,26 +241,27 @@ def tried_settings(runs: dict, arm: str, fold: int) -> list[dict]:
     """The results of each setting of an arm."""
     return [runs[f"{arm}, fold {fold}, setting {k}"] for k in range(len(settings_of(arm)))]
 
-def gaps_kept(runs: dict, arm: str, fold: int) -> np.ndarray:
-    """Which share of the start's gap each setting of an arm keeps."""
+def reads(runs: dict, arm: str, fold: int) -> np.ndarray:
+    """Which settings of an arm keep four fifths of the gap of the start: bool (8,)."""
     [start] = tried_settings(runs, "zeroshot", fold)
-    return np.array([gap(tasks) for tasks in tried_settings(runs, arm, fold)]) / gap(start)
+    gaps = np.array([gap(tasks) for tasks in tried_settings(runs, arm, fold)])
+    return gaps >= KEEPS * gap(start)
 
 def best_setting(runs: dict, arm: str, fold: int) -> int:
-    """The number of the best setting of an arm in a fold. A candidate of ours has to keep four
-    fifths of the gap of the start; if none does, the one that keeps most is taken."""
-    scores = np.array([score(tasks) for tasks in tried_settings(runs, arm, fold)])
+    """The number of the best setting of an arm in a fold. A candidate of ours has to read; if none
+    of its settings does, the one with the largest gap is taken."""
+    tried = tried_settings(runs, arm, fold)
+    scores = np.array([score(tasks) for tasks in tried])
     if arm in CANDIDATES:
-        kept = gaps_kept(runs, arm, fold)
-        if (kept < KEEPS).all():
-            return int(kept.argmax())
-        scores[kept < KEEPS] = -np.inf
+        if not reads(runs, arm, fold).any():
+            return int(np.argmax([gap(tasks) for tasks in tried]))
+        scores[~reads(runs, arm, fold)] = -np.inf
     return int(scores.argmax())
 
 def ours(runs: dict, fold: int) -> str:
     """Of the candidates within one standard error of the best one, over the judges, the one with
     the fewest terms; "none" if none reads."""
-    readers = [arm for arm in CANDIDATES if (gaps_kept(runs, arm, fold) >= KEEPS).any()]
+    readers = [arm for arm in CANDIDATES if reads(runs, arm, fold).any()]
     if not readers:
         return "none"
     scores = {}  # of each task that has pairs: (tasks,)
@@ -268,6 +279,20 @@ def ours(runs: dict, fold: int) -> str:
 
 # 4. The two stages --------------------------------------------------------------------------------
 
+def chosen_setting(args, arm: str, fold: int) -> int:
+    """The best setting of an arm by choices.json, which must be of the same files and settings."""
+    path = args.results / "choices.json"
+    with vlmrm.reading(path):  # there, and whole
+        choices = vlmrm.read_json(path)
+        made_of = choices["files"][str(fold)]
+        now = files_of(argparse.Namespace(**dict(vars(args), stage="choose")), fold)
+        for name in ("data", "instructions", "start"):
+            if made_of[name] != now[name]:
+                raise ValueError(f"in fold {fold} the {name} was another one")
+        if choices["settings"][arm] != settings_of(arm):
+            raise ValueError(f"{arm} had other settings")
+        return best_setting(choices["runs"], arm, fold)
+
 def jobs_of(args) -> dict[str, dict]:
     """The jobs of a stage, by name."""
     jobs = {}
@@ -282,9 +307,7 @@ def jobs_of(args) -> dict[str, dict]:
             continue
         best = 0
         if arm not in CONTROLS:
-            with vlmrm.reading(args.results / "choices.json"):  # there, and whole
-                runs = vlmrm.read_json(args.results / "choices.json")["runs"]
-                best = best_setting(runs, arm, fold)
+            best = chosen_setting(args, arm, fold)
         for seed in range(SEEDS if ARMS[arm][0] else 1):
             jobs[f"{arm}, fold {fold}, seed {seed}"] = dict(
                 job, setting=settings[best], test="unseen", seed=seed)
@@ -297,6 +320,7 @@ def episodes_digest(path: Path, tasks: tuple) -> str:
     for e in np.flatnonzero(np.isin(data.task, tasks)):
         found.update(data.strips[data.offsets[e]:data.offsets[e + 1]].tobytes())
         found.update(data.rewards[e].tobytes() + data.success[e].tobytes())
+        found.update(data.source[e].encode())
     return found.hexdigest()
 
 def files_of(args, fold: int) -> dict[str, str]:
