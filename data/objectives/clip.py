@@ -3,7 +3,6 @@
     L = info_nce(M) averaged over the frames of a video, M_ij = scale cos(o_i, l_j)
 
 Notice: start and end fit the sentence alike. It orders nothing, and tells tasks apart best of all.
-Made the start on 40 sentences, a control (data/study/study.py).
 Source: Radford et al., 2103.00020. Differs: CLIP learns the scale; ours is where it starts. Uses
 vlmrm.cosine() and vlmrm.info_nce().
 """

@@ -577,7 +577,8 @@ def draw_batch(scenes: dict, step: int, args, tokenizer):
 
 def train(args) -> None:
     """Train tiny from random weights, and write them to args.out, or go on; say how it does on
-    scenes of another seed, if there are some. Same seed, CPU and number of threads: same bytes."""
+    scenes of another seed, if there are some. Same seed, CPU and number of threads: same bytes. The
+    file says which environments it has seen."""
     model = vlmrm.prepare_model(
         {"backbone": "tiny", "pretrained": "none", "lora": 0, "seed": args.seed})
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05, fused=True)
@@ -618,7 +619,10 @@ def train(args) -> None:
                 print(f"step {step}: own caption first {own:.3f}, a true one {any_true:.3f}",
                       flush=True)
     thread.shutdown(cancel_futures=True)
-    vlmrm.write_whole(args.out, save(vlmrm.trained_weights(model)))
+    made_of = vlmrm.to_json({"environments": args.tasks, "seed": args.seed, "steps": args.steps})
+    # One entry: the order of several would be another one each time.
+    content = save(vlmrm.trained_weights(model), metadata={"made_of": made_of.decode()})
+    vlmrm.write_whole(args.out, content)
     saved.unlink(missing_ok=True)
 
 def work(args) -> None:

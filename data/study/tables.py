@@ -2,7 +2,7 @@
 
     python data/study/tables.py      fills them, between <!-- name --> and <!-- end of name -->
 """
-import json
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -14,235 +14,254 @@ import numpy as np
 import scipy.stats
 
 import vlmrm
-from study import FIRST, RESULTS, WAYS, all_objectives, corrected_p_values
+from trial import (
+    ARMS, CANDIDATES, CONTROLS, RESULTS, SEEDS, best_setting, ours, reads, score, settings_of)
 
 PAGES = (vlmrm.DATA.parent / "README.md", RESULTS / "README.md")
 SAME = "ranking_accuracy_same_time"
-WITHIN = "ranking_accuracy_within"
-ORDER = {"VOC, seen tasks": ("seen", "voc"), "VOC, unseen tasks": ("unseen", "voc"),
-         "ranking at the same time, seen": ("seen", SAME),
-         "ranking at the same time, unseen": ("unseen", SAME)}
-SHORT = ("triplet", "tcn", "r3m", "vip", "liv", "zeroshot")  # the paper's five, and the start
+OPPOSITE = "VOC under the opposite sentence (lower is better)"
+NEEDED = ("triplet", "r3m", "zeroshot", *CANDIDATES)  # for the planned questions
+COLUMNS = {"VOC": "voc", OPPOSITE: "voc_opposite",
+           "ranking at the same time": SAME, "retrieval": "retrieval_top1",
+           "success (AUROC)": "success_auroc", "VOC, paraphrased": "voc_paraphrase"}
+MARGIN = 0.02  # differences that surely are smaller are none
 
-# 1. Reading the results ---------------------------------------------------------------------------
+# 1. Reading the trial -----------------------------------------------------------------------------
 
-def load(root: Path) -> dict[str, dict[str, list]]:
-    """The runs of the study, {row: {way of fine-tuning: [run of each seed]}}, by VOC on unseen
-    tasks in the first way."""
-    runs = {}
-    for run in json.loads((root / "results.json").read_text(encoding="utf-8")):
-        runs.setdefault(run["row"], {}).setdefault(run["way"], []).append(run)
+def load(root: Path) -> tuple[dict, dict]:
+    """The runs of choices.json and of trial.json, {name of a run: {task: {metric: score}}}."""
+    choices = vlmrm.read_json(root / "choices.json")
+    trial = vlmrm.read_json(root / "trial.json")
+    return choices["runs"], trial["runs"]
 
-    def place(row):
-        return is_baseline(row), -mean_of(runs[row][FIRST], "unseen", "voc")
+def is_whole(runs: dict, arm: str, fold: int) -> bool:
+    """Whether all seeds of an arm were tested in a fold, and none diverged."""
+    seeds = 1
+    if ARMS[arm][0]:
+        seeds = SEEDS
+    for seed in range(seeds):
+        if not runs.get(f"{arm}, fold {fold}, seed {seed}"):
+            return False
+    return True
 
-    return {row: runs[row] for row in sorted(runs, key=place)}
+def folds_of(runs: dict) -> list[int]:
+    """The folds that can answer the planned questions."""
+    return [fold for fold in range(5) if all(is_whole(runs, arm, fold) for arm in NEEDED)]
 
-def mean_of(runs: list[dict], group: str, metric: str) -> float:
-    """Mean over seeds."""
-    return float(np.mean([run[group][metric]["value"] for run in runs]))
+def arms_of(runs: dict) -> list[str]:
+    """The arms that have been tested in all of these folds."""
+    folds = folds_of(runs)
+    return [arm for arm in ARMS if all(is_whole(runs, arm, fold) for fold in folds)]
 
-def remark_of(row: str) -> str:
-    """Why a row is no rival like the others; "" if it is one."""
-    name, _, way = row.partition(", ")
-    if name in ("thumbnail", "clock", "distance-from-start") or way not in ("", *WAYS):
-        return "control"
-    parts = vlmrm.get_objective(all_objectives()[name])
-    if not parts["loss"]:
-        return "no training"
-    if parts["LABELS"] == "rewards":
-        return "privileged"
-    if not parts["COSINE"]:
-        return "no language"
-    return ""
+def over_seeds(runs: dict, arm: str, fold: int) -> dict[str, dict]:
+    """The scores of an arm in a fold, means over its seeds: {metric: {task: score}}."""
+    found = {}
+    for name, tasks in runs.items():
+        if not name.startswith(f"{arm}, fold {fold}, seed "):
+            continue
+        for task, scores in tasks.items():
+            for metric, value in scores.items():
+                found.setdefault(metric, {}).setdefault(task, []).append(value)
+    for by_task in found.values():
+        for task, values in by_task.items():
+            by_task[task] = float(np.mean(values))
+    return found
 
-def is_rival(row: str) -> bool:
-    """Trained, and without the simulator's reward."""
-    return remark_of(row) in ("", "no language")
+def trial_scores(runs: dict, choices: dict) -> dict[str, dict]:
+    """{arm: {metric: {task: score}}}, tasks of all folds. "ours" is what the rule takes in each."""
+    scores = {}
+    for arm in [*arms_of(runs), "ours"]:
+        scores[arm] = {metric: {} for metric in [*COLUMNS.values(), "pairs_same_time"]}
+        for fold in folds_of(runs):
+            chosen = ours(choices, fold) if arm == "ours" else arm
+            for metric, by_task in over_seeds(runs, chosen, fold).items():
+                if metric in scores[arm]:
+                    scores[arm][metric].update(by_task)
+    return scores
 
-def is_baseline(row: str) -> bool:
-    return remark_of(row) in ("control", "no training")
+# 2. Comparisons -----------------------------------------------------------------------------------
 
-def label(row: str) -> str:
-    """A row's name and the remark on it."""
-    remark = remark_of(row)
-    return f"`{row}` ({remark})" if remark else f"`{row}`"
+def differences(one: dict, other: dict) -> np.ndarray:
+    """One minus the other, {task: score} each, on the tasks that both have."""
+    return np.array([one[task] - other[task] for task in sorted(set(one) & set(other))])
 
-# 2. Tables of the study ---------------------------------------------------------------------------
+def interval(values: np.ndarray, share: float = 0.95) -> tuple[float, float]:
+    """Student's interval of a mean."""
+    half = scipy.stats.t.ppf((1 + share) / 2, len(values) - 1) * scipy.stats.sem(values)
+    return values.mean() - half, values.mean() + half
+
+def over_tasks(values: np.ndarray) -> str:
+    """Mean and 95 % interval over tasks, with signs."""
+    low, high = interval(values)
+    return f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+
+def sign_flips(values: np.ndarray) -> float:
+    """The p of differences: could their signs be chance?"""
+    return vlmrm.paired_p_value(values, np.zeros(len(values)))
+
+def verdict(values: np.ndarray) -> str:
+    """What differences say: the rule that was written down before the first run."""
+    low, high = interval(values)
+    if low > 0:
+        return "more"
+    if high < 0:
+        return "less"
+    low, high = interval(values, 0.9)
+    if -MARGIN < low and high < MARGIN:
+        return "equivalent"
+    return "undecided"
+
+def planned(scores: dict, chosen: set[str]) -> dict[tuple, np.ndarray]:
+    """The planned comparisons: {(one arm, another, title of the metric): differences}. The third
+    question is asked if ours is not that arm everywhere."""
+    every = ("VOC", OPPOSITE, "ranking at the same time")
+    pairs = [("triplet", "r3m", every[::2])]  # asked in two metrics only
+    if chosen != {"none"}:
+        pairs.append(("ours", "triplet", every))
+    if chosen != {"triplet + directions"}:
+        pairs.append(("triplet + directions", "triplet", every))
+    found = {}
+    for one, other, titles in pairs:
+        for title in titles:
+            metric = COLUMNS[title]
+            found[one, other, title] = differences(scores[one][metric], scores[other][metric])
+    return found
+
+# 3. Tables ----------------------------------------------------------------------------------------
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, without minus before a zero."""
-    return common.markdown_table([titles, *rows]).replace("-0.00", "0.00")
+    text = common.markdown_table([titles, *rows])
+    return re.sub(r"-0\.00(?!\d)", "0.00", text)
 
-def cell(runs: list[dict], group: str, metric: str) -> str:
-    """Mean ± std over seeds."""
-    return over_seeds([run[group][metric]["value"] for run in runs if metric in run[group]])
+def label(arm: str, chosen: set[str]) -> str:
+    """An arm's name, and what is special about it."""
+    if chosen == {arm}:
+        return f"`{arm}` (the rule's choice)"
+    if arm in CONTROLS:
+        return f"`{arm}` (control)"
+    if arm == "zeroshot":
+        return "`zeroshot` (no training)"
+    return f"`{arm}`"
 
-def over_seeds(values: list[float]) -> str:
-    """Their mean ± std, "" if there are none."""
-    if not values:
-        return ""
-    text = f"{np.mean(values):.2f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.2f}"
-    return text
+def cells(by_metric: dict, titles) -> list[str]:
+    """Means over tasks."""
+    row = []
+    for title in titles:
+        values = list(by_metric[COLUMNS[title]].values())
+        if values:
+            row.append(f"{np.mean(values):.2f}")
+        else:
+            row.append("")
+    return row
 
-def in_both_ways(columns: dict) -> dict[str, tuple]:
-    """Columns (group, metric) for each way of fine-tuning: {title: (group, metric, way)}."""
-    both = {}
-    for title, column in columns.items():
-        for way in WAYS:
-            both[f"{title}: {way}"] = (*column, way)
-    return both
+def in_order(scores: dict) -> list[str]:
+    """The arms by VOC, the controls last."""
+    def place(arm):
+        return arm in CONTROLS, -np.mean(list(scores[arm]["voc"].values()))
 
-def study_table(runs: dict, columns: dict, marks: dict = None) -> str:
-    """Rows of the study. columns: {title: (group, metric, way)}; marks: {title: {row: "↑" or
-    "↓"}}."""
+    return sorted(set(scores) - {"ours"}, key=place)
+
+def short_table(scores: dict, chosen: set[str]) -> str:
+    """Every arm, in three columns."""
+    titles = list(COLUMNS)[:3]
+    rows = [[label(arm, chosen), *cells(scores[arm], titles)] for arm in in_order(scores)]
+    return table(["objective (tasks)", *with_counts(scores, titles)], rows)
+
+def with_counts(scores: dict, titles) -> list[str]:
+    """Titles with the number of tasks that have the metric."""
+    return [f"{title} ({len(scores['triplet'][COLUMNS[title]])})" for title in titles]
+
+def trial_table(scores: dict, choices: dict, chosen: set[str], folds: list[int]) -> str:
+    """Every arm on the tasks that it had not seen, how far its VOC is from triplet's, and the
+    scores of its eight settings on the judges: worst, median and best."""
+    titles = ["objective (tasks)", *with_counts(scores, COLUMNS), "VOC minus triplet's",
+              "its settings"]
     rows = []
-    for name, by_way in runs.items():
-        row = [label(name)]
-        for title, (group, metric, way) in columns.items():
-            text = cell(by_way.get(way, []), group, metric)
-            mark = marks[title].get(name) if marks else ""
-            if mark == "↑":
-                text = f"**{text}**"
-            elif mark:
-                text += " ↓"
-            row.append(text)
-        rows.append(row)
-    return table(["objective", *columns], rows)
-
-def short_table(runs: dict) -> str:
-    """The paper's objectives and the start, trained as by default."""
-    titles = ["objective", *ORDER, "VOC under the opposite sentence, 7 unseen"]
-    instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
-    rows = []
-    for name in SHORT:
-        cells = [cell(runs[name][FIRST], *column) for column in ORDER.values()]
-        opposite = [voc_opposite(run, instructions) for run in runs[name][FIRST]]
-        rows.append([label(name), *cells, over_seeds(opposite)])
+    for arm in in_order(scores):
+        row = [label(arm, chosen)]
+        row += cells(scores[arm], COLUMNS)
+        away = ""
+        if arm != "triplet":
+            away = over_tasks(differences(scores[arm]["voc"], scores["triplet"]["voc"]))
+        rows.append(row + [away, spread(choices, arm, folds)])
     return table(titles, rows)
 
-def voc_opposite(run: dict, instructions: dict) -> float:
-    """Mean VOC of unseen tasks under the opposite sentence: their VOC minus the gap."""
-    own = []
-    for task, scores in run["tasks"].items():
-        if vlmrm.group_of(task) == "unseen" and instructions[task].get("opposite"):
-            own.append(scores["voc"])
-    return float(np.mean(own) - run["unseen"]["opposite_gap"]["value"])
+def spread(choices: dict, arm: str, folds: list[int]) -> str:
+    """The scores of the eight settings of an arm, of all folds: worst, median, best."""
+    if not ARMS[arm][0]:
+        return ""  # nothing is trained
+    tried = []
+    for k, fold in itertools.product(range(8), folds):
+        tried.append(score(choices[f"{arm}, fold {fold}, setting {k}"]))
+    tried.sort()
+    worst, median, best = tried[0], tried[len(tried) // 2], tried[-1]
+    return f"{worst:.2f}, {median:.2f}, {best:.2f}".replace("-inf", "diverged")
 
-def result_sentence(folds: dict) -> str:
-    """The study in some sentences, of the tasks that each fold leaves out."""
-    control = "distance-from-start"
-    voc = {}
-    for row in ("triplet", "r3m", "liv", "vip", "tcn", control):
-        left_out = {}
-        for fold in folds[row]:
-            left_out.update(fold)
-        voc[row] = np.array([scores["voc"] for _, scores in sorted(left_out.items())])
-    distance = voc.pop(control)
-    ours = voc["triplet"]
-    found = {"more than": [], "less than": [], "not surely other than": []}
-    for row, p in corrected_p_values(voc, "triplet").items():
-        text = f"`{row}` ({voc[row].mean():.2f}, p = {p:.3f})"
-        found[relation(ours, voc[row], p)].append(text)
-    parts = [f"{words} {', '.join(rows)}" for words, rows in found.items() if rows]
-    p = vlmrm.paired_p_value(ours, distance)
-    return (f"**On {len(ours)} tasks, each left out of training once, `triplet` has a VOC of "
-            f"{ours.mean():.2f}: {', and '.join(parts)}.** (One run each; p over tasks, Holm's "
-            "correction for four. `vip` and `tcn` read no sentence.) It is "
-            f"{relation(ours, distance, p)} a control without training or sentence, the distance "
-            f"from the first picture ({distance.mean():.2f}, p = {p:.2f}).")
+def three(values: np.ndarray, share: float) -> str:
+    """An interval with three digits, where two would hide a rule."""
+    low, high = interval(values, share)
+    return f"[{low:+.3f}, {high:+.3f}]"
 
-def relation(ours: np.ndarray, other: np.ndarray, p: float) -> str:
-    """What a p says of two objectives over tasks."""
-    if p >= 0.05:
-        return "not surely other than"
-    return "more than" if ours.mean() > other.mean() else "less than"
+def planned_table(found: dict) -> str:
+    """The answers to the planned questions."""
+    rows = []
+    for (one, other, title), values in found.items():
+        row = [f"`{one}` minus `{other}`, {title}", str(len(values)), f"{values.mean():+.3f}"]
+        row.append(three(values, 0.95))
+        row.append(three(values, 0.9))
+        row.append(f"{np.median(values):+.3f}")
+        row.append(str((values > 0).sum()))
+        row.append(f"{sign_flips(values):.3f}")
+        row.append(f"{scipy.stats.wilcoxon(values).pvalue:.3f}")
+        row.append(verdict(values))
+        rows.append(row)
+    return table(["question", "tasks", "mean", "95 % interval", "90 %", "median", "tasks with more",
+                  "p, sign flips", "p, Wilcoxon", "so"], rows)
 
-def comparison_table(runs: dict) -> str:
-    """Order in videos by every objective, in both ways of fine-tuning, by VOC on unseen tasks."""
-    columns = in_both_ways(ORDER)
-    marks = {title: versus_triplet(runs, *column) for title, column in columns.items()}
-    return study_table(runs, columns, marks)
+def settings_table(choices: dict, arms: list[str], folds: list[int]) -> str:
+    """What was chosen for each arm in each fold."""
+    rows = []
+    for arm, fold in itertools.product(arms, folds):
+        if not ARMS[arm][0]:
+            continue
+        best = best_setting(choices, arm, fold)
+        setting = settings_of(arm)[best]
+        row = [f"`{arm}`", str(fold), "all weights"]
+        if setting["lora"]:
+            row[-1] = "adapters"
+        row.append(f"{setting['learning_rate']:g}")
+        row.append(str(setting["steps"]))
+        row.append(str(setting["constants"]).strip("{}").replace("'", ""))
+        row.append(f"{score(choices[f'{arm}, fold {fold}, setting {best}']):.2f}")
+        rows.append(row)
+    return table(["objective", "fold", "trained", "rate", "steps", "constants", "score"], rows)
 
-def versus_triplet(runs: dict, group: str, metric: str, way: str) -> dict[str, str]:
-    """{row: "↓" or "↑"} where a row differs from triplet over the tasks, p < .05. Triplet gets
-    "↑" if it beats all others."""
-    scores = {}
-    for row, by_way in runs.items():
-        if is_rival(row):
-            scores[row] = vlmrm.task_scores(by_way[way], metric, group).mean(0)  # (tasks,)
-    marks = {}
-    for row, p in corrected_p_values(scores, "triplet").items():
-        if p < 0.05:
-            marks[row] = "↑" if scores[row].mean() > scores["triplet"].mean() else "↓"
-    if list(marks.values()) == ["↓"] * (len(scores) - 1):
-        marks["triplet"] = "↑"
-    return marks
+def counts_sentences(scores: dict, choices: dict, folds: list[int]) -> str:
+    """What the trial rests on so far, and what the rule for ours did."""
+    pairs = sorted(scores["zeroshot"]["pairs_same_time"].values())
+    few = sum(count < vlmrm.FEWEST_PAIRS for count in pairs)
+    kept = []
+    for fold, arm in itertools.product(folds, CANDIDATES):
+        kept += list(reads(choices, arm, fold))
+    text = (f"{len(folds)} of 5 folds are there: {len(pairs)} tasks with {np.median(pairs):,.0f} "
+            f"pairs of frames at the same time in the median, {pairs[0]:,.0f} at least; {few} of "
+            f"them have fewer than {vlmrm.FEWEST_PAIRS}. Of the candidates' {len(kept)} "
+            f"settings {sum(kept)} kept four fifths of the start's gap on the judges. Ours is")
+    for fold in folds:
+        text += f" `{ours(choices, fold)}` in fold {fold},"
+    return text.rstrip(",") + "."
 
-def reading_table(runs: dict) -> str:
-    """What is left of reading, on unseen tasks, in both ways of fine-tuning."""
-    columns = {"VOC minus VOC of the opposite (7 tasks)": ("unseen", "opposite_gap"),
-               "success (AUROC)": ("unseen", "success_auroc"),
-               "retrieval": ("unseen", "retrieval_top1"),
-               "VOC, paraphrased": ("unseen", "voc_paraphrase")}
-    readers = dict(runs)
-    for name in ("clock", "distance-from-start"):  # they know no sentence
-        del readers[name]
-    return study_table(readers, in_both_ways(columns))
-
-def more_table(runs: dict) -> str:
-    """What else each objective does, trained as by default."""
-    return study_table(runs, {
-        "ranking within, seen": ("seen", WITHIN, FIRST),
-        "unseen": ("unseen", WITHIN, FIRST),
-        "ranking across, unseen": ("unseen", "ranking_accuracy_across", FIRST),
-        "VOC paraphrased, seen": ("seen", "voc_paraphrase", FIRST),
-        "VOC by goal images, unseen": ("unseen", "goal_voc", FIRST),
-        "retrieval, seen": ("seen", "retrieval_top1", FIRST),
-        "EPIC distance, unseen (0 is best)": ("unseen", "epic", FIRST)})
-
-def over_tasks(scores: np.ndarray) -> str:
-    """Mean and 95 % t interval over tasks, with signs."""
-    mean = scores.mean()
-    half = scipy.stats.t.ppf(0.975, len(scores) - 1) * scipy.stats.sem(scores)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-
-def folds_table(folds: dict, reference: str) -> str:
-    """Unseen tasks of all folds, and by how much the reference beats the rest."""
-    columns = {"voc": {}, SAME: {}, WITHIN: {}, "opposite_gap": {}}
-    for row, by_fold in folds.items():
-        for metric, scores in columns.items():
-            scores[row] = []  # of every task that has it
-            for fold in by_fold:
-                for task in sorted(fold):
-                    if metric in fold[task]:
-                        scores[row].append(fold[task][metric])
-            scores[row] = np.array(scores[row])
-    tested = [row for row in folds if is_rival(row) or row in ("thumbnail", "distance-from-start")]
-
-    def place(row):
-        return is_baseline(row), -columns["voc"][row].mean()
-
-    order = sorted(folds, key=place)
-    rows = {row: [label(row)] for row in order}
-    for scores in columns.values():
-        for row in order:
-            rows[row].append(f"{scores[row].mean():.2f}")
-    for metric in ("voc", SAME):
-        scores = columns[metric]
-        p = corrected_p_values({row: scores[row] for row in tested}, reference)
-        for row in order:
-            cells = ["", ""]
-            if row in p:
-                cells = [over_tasks(scores[reference] - scores[row]), f"{p[row]:.3f}"]
-            rows[row] += cells
-    return table(["objective", "VOC", "ranking at the same time", "ranking within",
-                  "opposite gap (18 tasks)", f"VOC: {reference} minus it", "p",
-                  f"same time: {reference} minus it", "p"], list(rows.values()))
-
-# 3. The benchmark -------------------------------------------------------------------------------
+def result_sentence(scores: dict, found: dict, folds: list[int]) -> str:
+    """The first planned question and its answer."""
+    parts = []
+    for (one, other, title), values in found.items():
+        if (one, other) == ("triplet", "r3m"):
+            parts.append(f"{title} {over_tasks(values)}, {verdict(values)} "
+                         f"(p = {sign_flips(values):.3f})")
+    return (f"**On {len(scores['triplet']['voc'])} unseen tasks, {len(folds)} of 5 folds, `triplet` "
+            f"minus `r3m`: {'; '.join(parts)}.** Brackets are 95 % intervals over tasks, p is of "
+            f"sign flips, not corrected for the {len(found)} planned comparisons.")
 
 def benchmark_table(measured: dict) -> str:
     """Pictures a second of each part."""
@@ -251,11 +270,11 @@ def benchmark_table(measured: dict) -> str:
             ("collection on one core: simulated, drawn, packed", "collection", ""),
             ("collection, 24 kept of an episode's 150", "collection", "_24_of_150"),
             ("training step", "training", ""), ("evaluation", "evaluation", "")):
-        ours = measured[part]["ours" + suffix]
-        row = [text, f"{ours:.0f}", ""]
+        speed = measured[part]["ours" + suffix]
+        row = [text, f"{speed:.0f}", ""]
         if not suffix:
             limit = measured[part]["bare"]
-            row[2] = f"{limit:.0f} ({ours / limit:.2f})"
+            row[2] = f"{limit:.0f} ({speed / limit:.2f})"
         rows.append(row)
     return table(["frames/s", "ours", "limit (ours / it)"], rows)
 
@@ -263,12 +282,21 @@ def benchmark_table(measured: dict) -> str:
 
 def tables(root: Path) -> dict[str, str]:
     """All tables, by the names of the marks they stand between."""
-    runs = load(root)
-    folds = vlmrm.read_json(root / "folds.json")
+    choices, runs = load(root)
+    folds = folds_of(runs)
+    if not folds:
+        raise vlmrm.InputError(f"no fold is whole in {root / 'trial.json'}")
+    scores = trial_scores(runs, choices)
+    chosen = {ours(choices, fold) for fold in folds}
+    found = planned(scores, chosen)
     return {
-        "result": result_sentence(folds), "short": short_table(runs),
-        "comparison": comparison_table(runs), "reading": reading_table(runs),
-        "more": more_table(runs), "folds": folds_table(folds, "triplet"),
+        "result": result_sentence(scores, found, folds),
+        "short": short_table(scores, chosen),
+        "counts": counts_sentences(scores, choices, folds),
+        "planned": planned_table(found),
+        "trial": trial_table(scores, choices, chosen, folds),
+        "settings": settings_table(choices, arms_of(runs), folds),
+        "default": (root / "default.md").read_text(encoding="utf-8"),
         "benchmark": benchmark_table(vlmrm.read_json(root / "benchmark.json"))}
 
 def fill(page: str, made: dict[str, str]) -> str:

@@ -44,6 +44,29 @@ def toy_episode(task, seed, source="expert", T=10, size=32):
             "rewards": np.float32(10 * places / (size - 8)), "success": places > size - 10,
             "strip": vlmrm.pack_pictures(pictures)}
 
+def mixes(loss):
+    """Whether the gradient of a video's frames is another one if the other sentences are. All are
+    close to one another, or a softmax has its mind made up."""
+    torch.manual_seed(0)
+    centre = torch.randn(16)
+
+    def near(*shape):
+        return F.normalize(centre + 0.3 * torch.randn(*shape, 16), dim=-1)
+
+    frames = near(6, 5).requires_grad_()
+    times = torch.linspace(0, 1, 5).expand(6, 5)
+    texts = near(6)
+    others = near(6)
+    others[0] = texts[0]
+    more = {}
+    if vlmrm.takes_before(loss):
+        more["before"] = (near(6, 5), near(6))
+    gradients = []
+    for sentences in (texts, others):
+        value = loss(frames, sentences, times, **more)
+        gradients.append(torch.autograd.grad(value, frames)[0][0])
+    return bool((gradients[0] - gradients[1]).abs().max() > 1e-6)
+
 def read_kept(folder, name="metrics.json"):
     """What a run keeps in a JSON file of its folder."""
     return json.loads((folder / name).read_text())

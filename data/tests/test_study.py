@@ -1,32 +1,28 @@
-"""The saved results and the scripts of data/study that made them."""
+"""The study: its pages agree with the saved results; tables by hand; scenes with captions."""
+import vlmrm  # before torch: see there
+
 import functools
-import itertools
 import json
 import math
-import os
+import re
 
-os.environ.setdefault("MUJOCO_GL", "osmesa")  # mujoco reads it once
 import numpy as np
 import pytest
+import safetensors
 import scipy.stats
 import torch
-
-from conftest import ROOT
-
-import vlmrm
+from PIL import Image
 
 import common
 import pictures
 import scenes
-import study
 import tables
+import trial
+from conftest import mixes
 
-RESULTS = study.RESULTS
 PAGES = [path.read_text(encoding="utf-8") for path in tables.PAGES]
-MADE = tables.tables(RESULTS)
+MADE = tables.tables(trial.RESULTS)
 INSTRUCTIONS = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
-TRAINED = {name: path for name, path in study.all_objectives().items()
-           if vlmrm.get_objective(path)["loss"]}
 
 # The pages and the saved results ------------------------------------------------------------------
 
@@ -48,210 +44,201 @@ def test_filling_a_page_changes_what_is_between_the_marks():
     filled = tables.fill(page, {"one": "\\1 new", "two": "x"})
     assert filled == "a\n<!-- one: made -->\n\\1 new\n<!-- end of one -->\nb\n"
 
-@pytest.mark.parametrize("group", ["seen", "unseen"])
-@pytest.mark.parametrize("metric", ["voc", "ranking_accuracy_same_time"])
-def test_the_header_of_the_file_shows_the_saved_results(metric, group):
-    runs = tables.load(RESULTS)["triplet"][study.FIRST]
-    values = [run[group][metric]["value"] for run in runs]
-    line = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} {group}"
-    assert line in vlmrm.__doc__
+def test_the_header_of_the_file_shows_the_default_table():
+    """VOC and ranking at the same time of triplet, seen and unseen: default.md has its row."""
+    titles, _, row, *_ = (trial.RESULTS / "default.md").read_text(encoding="utf-8").splitlines()
+    assert row.startswith("| triplet |")
+    cells = dict(zip(titles.strip("| ").split(" | "), row.strip("| ").split(" | ")))
+    for title in ("VOC: order of experts' frames", "ranking accuracy at the same time"):
+        for group in ("seen", "unseen"):
+            assert f"{cells[f'{title}, {group} tasks']} {group}" in vlmrm.__doc__
+
+def test_nothing_on_the_pages_is_left_to_fill_in():
+    exercises = (vlmrm.DATA / "exercises" / "README.md").read_text(encoding="utf-8")
+    for page in (*PAGES, exercises):
+        words = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", page))
+        assert words <= {"THIS_REPOSITORY", "MUJOCO_GL", "YOUR_NAME"}
+        assert "<!-- end of" not in page.replace("\n<!-- end of", "") or page is exercises
 
 def test_files_that_the_results_page_names_are_there():
-    for name in ("comparison.png", "kept.png", "curves.png", "tuning.json"):
-        assert (RESULTS / name).is_file() and f"({name})" in PAGES[1]
+    for name in ("comparison.png", "kept.png", "curves.png", "choices.json", "trial.json"):
+        assert (trial.RESULTS / name).is_file() and f"({name})" in PAGES[1]
 
-def test_saved_results_are_of_this_code_and_data(monkeypatch):
-    """The settings of every saved run are what the program would use now."""
-    monkeypatch.setattr(vlmrm, "digest", functools.cache(vlmrm.digest))
-    args = vlmrm.parse_arguments([])
-    known = set()
-    for result in json.loads((RESULTS / "results.json").read_text()):
-        saved = result["config"]
-        row = result["row"]
-        job = {"row": row, "objective": TRAINED.get(row), "way": result["way"]}
-        if row == "thumbnail":
-            job = study.THUMBNAIL
-        elif row not in TRAINED:
-            continue  # other starts, and what has no settings
-        now = study.reduced(study.configure(job, args, saved["seed"]))
-        if row == "thumbnail":
-            now["backbone"] = "thumbnail"  # it is built later
-        assert saved == now, row
-        known.add((row, result["way"], saved["seed"]))
-    assert known >= set(itertools.product(TRAINED, study.WAYS, range(3)))
+def test_the_saved_trial_is_of_these_data():
+    """And sentences. The first fold began with the shipped start."""
+    for name in ("choices.json", "trial.json"):
+        folds = vlmrm.read_json(trial.RESULTS / name)["files"]
+        for files in folds.values():
+            assert files["data"] == vlmrm.digest(vlmrm.DATA / "metaworld.npz")
+            assert files["instructions"] == vlmrm.digest(vlmrm.DATA / "instructions.json")
+        assert folds["0"]["start"] == vlmrm.digest(vlmrm.DATA / "tiny.safetensors")
+    choices = vlmrm.read_json(trial.RESULTS / "choices.json")
+    tested = vlmrm.read_json(trial.RESULTS / "trial.json")
+    for fold, files in tested["files"].items():
+        assert choices["files"][fold]["start"] == files["start"]
+    for found in (choices, tested):
+        for arm, settings in found["settings"].items():
+            assert settings == trial.settings_of(arm)
 
-def test_the_constants_are_the_best_that_were_tried():
-    """With adapters: those of vlmrm.py and of data/objectives/. The grids are what was tried."""
-    scores = vlmrm.read_json(RESULTS / "tuning.json")
-    assert set(scores) == {"settings", *study.GRIDS}
-    for name, values in study.GRIDS.items():
-        rate, constants = vlmrm.get_objective(TRAINED[name])["TUNED"]
-        best = study.tuned(name, study.FIRST)
-        assert best["learning_rate"] == rate
-        assert best["constants"] == pytest.approx(constants, rel=1e-5)
-        [constant] = constants
-        for value in values:
-            assert f"LoRA, learning rate 0.002, {constant} {value:g}" in scores[name]
+def test_the_shipped_start_has_not_seen_the_unseen_tasks():
+    """Its file lists the forty environments it was trained on."""
+    with safetensors.safe_open(vlmrm.DATA / "tiny.safetensors", "np") as file:
+        made_of = json.loads(file.metadata()["made_of"])
+    seen = set(made_of["environments"])
+    assert len(seen) == 40 and seen == set(INSTRUCTIONS) - set(vlmrm.UNSEEN_TASKS)
+    assert (made_of["seed"], made_of["steps"]) == (0, 5000)
 
-@pytest.mark.parametrize("row, remark", [
-    ("triplet", ""), ("anchored, all weights", ""), ("tcn", "no language"), ("vip-text", ""),
-    ("hilp", "no language"), ("preference-oracle", "privileged"), ("vlm-rm", "no training"),
-    ("zeroshot", "no training"), ("clock", "control"), ("distance-from-start", "control"),
-    ("thumbnail", "control"), ("triplet, strict start", "control"),
-    ("zeroshot, random weights", "control")])
-def test_remarks_on_rows(row, remark):
-    assert tables.remark_of(row) == remark
+def test_the_saved_trial_is_whole():
+    """In each fold every arm that was tested has all its settings and seeds, on the right tasks."""
+    choices, runs = tables.load(trial.RESULTS)
+    assert tables.folds_of(runs) and set(tables.NEEDED) <= set(tables.arms_of(runs))
+    for fold in tables.folds_of(runs):
+        for arm in tables.arms_of(runs):
+            trained = trial.ARMS[arm][0] is not None
+            for seed in range(trial.SEEDS if trained else 1):
+                assert set(runs[f"{arm}, fold {fold}, seed {seed}"]) == set(scenes.left_out(fold))
+            for k in range(8 if trained else 0):
+                tried = choices[f"{arm}, fold {fold}, setting {k}"]
+                assert set(tried) in ({*trial.judges(fold)}, set())  # none: it diverged
+
+@pytest.mark.parametrize("name", ["triplet", "r3m"])
+def test_the_constants_of_the_file_are_what_the_judges_chose(name):
+    """The best of the four settings with adapters, in the first fold."""
+    choices, _ = tables.load(trial.RESULTS)
+    scores = [trial.score(choices[f"{name}, fold 0, setting {k}"]) for k in range(4)]
+    setting = trial.settings_of(name)[int(np.argmax(scores))]
+    _, rate, constants, _ = vlmrm.OBJECTIVES[name]
+    assert setting["lora"] == 8
+    assert (rate, constants) == (setting["learning_rate"], setting["constants"])
 
 def test_pictures_are_drawn_of_the_saved_results(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "RESULTS", tmp_path)
-    for name in ("results.json", "reading.json"):
-        (tmp_path / name).symlink_to(RESULTS / name)
+    for name in ("choices.json", "trial.json"):
+        (tmp_path / name).symlink_to(trial.RESULTS / name)
     pictures.work(None)
     for name in ("comparison.png", "kept.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        with Image.open(tmp_path / name) as new, Image.open(trial.RESULTS / name) as shipped:
+            assert new.text["Source"] == shipped.text["Source"]  # of the same results
+            assert new.size == shipped.size
 
-# Metrics and tests --------------------------------------------------------------------------------
+# Tables by hand -----------------------------------------------------------------------------------
 
-def test_epic_by_hand_and_golden():
-    """Predictions that follow the rewards in a line: 0; against them: 1; constant: sqrt(1/2).
-    Official EPIC of state rewards, uniform distribution, gamma .99: one frame a state."""
-    predicted, truth = np.random.default_rng(0).random((2, 4, 9))
-    assert study.epic_distance(3 * truth + 7, truth) == pytest.approx(0, abs=1e-7)
-    assert study.epic_distance(-truth, truth) == pytest.approx(1)
-    assert study.epic_distance(np.full((4, 9), 0.3), truth) == pytest.approx(0.5**0.5)
-    pearson = scipy.stats.pearsonr(predicted.ravel(), truth.ravel()).statistic
-    assert study.epic_distance(predicted, truth) == pytest.approx(((1 - pearson) / 2)**0.5)
-    golden = ROOT / "data" / "tests" / "golden"
-    expected = vlmrm.read_json(golden / "golden.json")["epic"]["results"]
-    with np.load(golden / "epic.npz") as arrays:
-        distance = study.epic_distance(arrays["va"][:, None], arrays["vb"][:, None])
-    assert distance == pytest.approx(expected["epic_uniform_state_rewards"])
+def made_runs(**voc):
+    """Runs of two folds, every needed arm with three seeds: {arm: VOC of its seeds in fold 0}, by
+    default 0; in fold 2 it is .1 more. Tasks a, b and c, d, whose VOC under the opposite sentence
+    is 1 less; the ranking is .5 and rests on 900 pairs, but for b with 60 and d with 3."""
+    runs = {}
+    for arm in (*tables.NEEDED, *trial.CONTROLS):
+        for seed, score in enumerate(voc.get(arm, (0.0, 0.0, 0.0))):
+            if trial.ARMS[arm][0] or seed == 0:
+                for fold, tasks in ((0, "ab"), (2, "cd")):
+                    found = {}
+                    for task in tasks:
+                        found[task] = {"voc": score + 0.05 * fold, "pairs_same_time": 900,
+                                       "voc_opposite": score + 0.05 * fold - 1,
+                                       "retrieval_top1": 0.25, tables.SAME: 0.5}
+                    runs[f"{arm}, fold {fold}, seed {seed}"] = found
+    runs["zeroshot, fold 0, seed 0"]["b"]["pairs_same_time"] = 60
+    del runs["zeroshot, fold 2, seed 0"]["d"][tables.SAME]
+    runs["zeroshot, fold 2, seed 0"]["d"]["pairs_same_time"] = 3
+    return runs
 
-def test_goal_image_reward_by_hand():
-    """Experts end at e0 and e1, a failure at -e1; all start at e0. Goals are the ends of the other
-    experts."""
-    e0, e1 = torch.eye(2)
-    frames = torch.stack([torch.stack([e0, end]) for end in (e0, e1, -e1)])
-    away = -(2**0.5)
-    expected = [[away, away],                           # goal e1
-                [0, away],                              # goal e0
-                [away / 2, (away - 2) / 2]]             # goals e0 and e1
-    reward = study.goal_image_reward(frames, np.array([True, True, False]))
-    np.testing.assert_allclose(reward, expected, atol=1e-6)
+@pytest.fixture
+def two_ours(monkeypatch):
+    """Ours is triplet + keep in fold 0 and none in fold 2; half of the settings read."""
+    arms = {0: "triplet + keep", 2: "none"}
+    monkeypatch.setattr(tables, "ours", lambda choices, fold: arms[fold])
+    monkeypatch.setattr(tables, "reads", lambda *_: np.arange(8) % 2 == 0)
 
-def test_corrected_p_values_by_hand():
-    """Ten tasks, so 2^10 ways to flip signs. `a` gains on all: 2 of them lie as far out. `b` loses
-    the smallest gap, `c` the second smallest: 4 and 6. Holm: 3 * 2, 2 * 4, and for `c` 1 * 6, but
-    not less than for `b`. With equal scores all flips are the same: 1."""
-    reference = np.linspace(0.3, 0.9, 10)
-    gaps = np.arange(1, 11) / 100
-    scores = {"triplet": reference, "a": reference + gaps}
-    for name, flipped in (("b", 0), ("c", 1)):
-        scores[name] = reference + np.where(np.arange(10) == flipped, -gaps, gaps)
-    assert study.corrected_p_values(scores, "triplet") == pytest.approx(
-        {"a": 6 / 1024, "b": 8 / 1024, "c": 8 / 1024})
-    assert study.corrected_p_values({"a": reference, "b": reference}, "a") == {"b": 1}
+def test_scores_are_means_over_seeds_of_whole_folds(two_ours):
+    """liv was tested in one fold only; in fold 3 an arm lacks a seed, in 4 one has diverged."""
+    runs = made_runs(triplet=(0.1, 0.2, 0.6))
+    runs["liv, fold 0, seed 0"] = runs["r3m, fold 0, seed 0"]
+    for name in list(runs):
+        if ", fold 0, " in name and not name.startswith("r3m, fold 0, seed 2"):
+            runs[name.replace("fold 0", "fold 3")] = runs[name]
+            runs[name.replace("fold 0", "fold 4")] = runs[name]
+    runs["r3m, fold 4, seed 2"] = {}
+    assert tables.folds_of(runs) == [0, 2]
+    assert set(tables.arms_of(runs)) == {*tables.NEEDED, *trial.CONTROLS}
+    scores = tables.trial_scores(runs, {})
+    assert scores["triplet"]["voc"] == pytest.approx({"a": 0.3, "b": 0.3, "c": 0.4, "d": 0.4})
+    assert scores["triplet"]["voc_opposite"]["a"] == pytest.approx(-0.7)
+    assert set(scores["ours"]["voc"]) == {"a", "b"}  # of the fold that has one
+
+def test_tables_by_hand(two_ours):
+    """Triplet has .3, .3, .4, .4, the others 0, 0, .1, .1: its lead is .3 on each of four tasks, of
+    whose 16 flips 2 lie as far out."""
+    runs = made_runs(triplet=(0.1, 0.2, 0.6))
+    choices = {f"{arm}, fold {fold}, setting {k}": {"a": {"voc": k / 10, tables.SAME: 0.5}}
+               for arm in trial.ARMS for fold in (0, 2) for k in range(8)}
+    choices["r3m, fold 2, setting 0"] = {}  # it diverged
+    scores = tables.trial_scores(runs, choices)
+    found = tables.planned(scores, {"triplet + keep", "none"})
+    lines = tables.planned_table(found).splitlines()
+    assert lines[2].startswith("| `triplet` minus `r3m`, VOC | 4 | +0.300 | [+0.300, +0.300] |")
+    assert lines[2].endswith("| +0.300 | 4 | 0.125 | 0.125 | more |")
+    assert lines[4].startswith("| `ours` minus `triplet`, VOC | 2 | -0.300 |")
+    assert lines[4].endswith("| less |")
+    short = tables.short_table(scores, {"triplet + keep", "none"}).splitlines()
+    assert short[2] == "| `triplet` | 0.35 | -0.65 | 0.50 |"
+    assert short[-1].endswith("` (control) | 0.05 | -0.95 | 0.50 |")
+    text = tables.trial_table(scores, choices, {"triplet"}, [0, 2])
+    assert "| objective (tasks) | VOC (4) | VOC under the opposite" in text
+    assert "| `triplet` (the rule's choice) | 0.35 | -0.65 | 0.50 | 0.25 |  |  |  | 0.00, 0.20, 0.35 |" in text
+    assert "| -0.30 [-0.30, -0.30] | diverged, 0.20, 0.35 |" in text
+    counts = tables.counts_sentences(scores, choices, [0, 2])
+    assert "4 tasks with 480 pairs" in counts and "3 at least; 1 of them have fewer than 50" in counts
+    assert "`triplet + keep` in fold 0, `none` in fold 2." in counts
+    assert "32 kept" in counts and "64 settings" in counts
+    result = tables.result_sentence(scores, found, [0, 2])
+    assert "On 4 unseen tasks, 2 of 5 folds" in result and "ours" not in result
+    assert "`triplet` minus `r3m`: VOC +0.30 [+0.30, +0.30], more (p = 0.125); ranking" in result
+
+def test_squares_are_losses_that_mix_sentences():
+    """As a gradient finds out."""
+    for arm, (loss, lists) in trial.ARMS.items():
+        if loss:
+            constants = {name: values[0] for name, values in lists.items()}
+            assert mixes(functools.partial(loss, **constants)) == (arm in pictures.CONTRASTS), arm
+
+def test_differences_are_of_the_tasks_that_both_have():
+    found = tables.differences({"a": 1.0, "b": 2.0, "c": 3.0}, {"b": 0.5, "c": 1.0, "d": 9.0})
+    assert list(found) == [1.5, 2]
 
 def test_over_tasks_is_scipys_interval():
     scores = np.random.default_rng(0).normal(0.3, 0.2, 12)
     low, high = scipy.stats.ttest_1samp(scores, 0).confidence_interval()
     assert tables.over_tasks(scores) == f"{scores.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
-def test_folds_table_by_hand():
-    """Two folds of two tasks each. triplet beats clip by .2 on three tasks and loses .1 on one."""
-    voc = {"triplet": (0.5, 0.6, 0.7, 0.8), "clip": (0.3, 0.4, 0.5, 0.9)}
-    folds = {}
-    for row, values in voc.items():
-        scores = [dict.fromkeys(("voc", tables.SAME, tables.WITHIN, "opposite_gap"), value)
-                  for value in values]
-        folds[row] = [{"a": scores[0], "b": scores[1]}, {"c": scores[2], "d": scores[3]}]
-    lines = tables.folds_table(folds, "triplet").splitlines()
-    assert lines[2].startswith("| `triplet` | 0.65 | 0.65 | 0.65 | 0.65 |  |")
-    assert lines[3].startswith("| `clip` | 0.53 | 0.53 | 0.53 | 0.53 | +0.12 [")
-    assert " 0.250 " in lines[3]  # of the 16 flips 4: the mean gain is .5, or -.5, or of +-.7
+@pytest.mark.parametrize("values, says", [
+    ((0.1, 0.2, 0.3), "undecided"), ((0.1, 0.12, 0.11), "more"), ((-0.1, -0.12, -0.11), "less"),
+    ((0.005, -0.005, 0.001), "equivalent"),
+    # Student's t of two degrees is 4.30 for 95 % and 2.92 for 90 %. The standard error is .00577:
+    ((0.01, -0.01, 0.0), "equivalent"),  # .0169 < .02, though 4.30 times it is .0248
+    ((0.015, -0.015, 0.0), "undecided")])
+def test_verdicts_by_hand(values, says):
+    assert tables.verdict(np.array(values)) == says
 
-# The study, on toy data ---------------------------------------------------------------------------
+def test_the_planned_questions():
+    """Three if ours is not triplet + directions everywhere; else two; none about ours without."""
+    arms = ("triplet", "r3m", "ours", "triplet + directions")
+    scores = {arm: {metric: {"a": 0.5} for metric in tables.COLUMNS.values()} for arm in arms}
 
-@pytest.fixture
-def small(monkeypatch, tmp_path, toy):
-    """Runs study.py with a few objectives on the toy data, results in a folder of its own."""
-    few = {name: TRAINED.get(name, name) for name in ("triplet", "zeroshot", "tcn")}
-    few["clip"] = TRAINED["clip"]
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
-    monkeypatch.setattr(study, "all_objectives", lambda: few)
-    monkeypatch.setattr(vlmrm, "UNSEEN_TASKS", vlmrm.UNSEEN_TASKS)  # it is put back
-    monkeypatch.setattr(study, "left_out", lambda: ("sweep-v3",))
-    monkeypatch.setattr(study, "DOOR", ("drawer-open-v3", "drawer-close-v3"))
-    monkeypatch.setitem(study.WARM_UP, "steps", 1)
-    monkeypatch.setattr(vlmrm, "draw_curves", lambda *_: None)  # it takes the longest
-    options = ["--data", toy.path, "--steps", 1, "--batch", 2, "--seeds", 1, "--device", "cpu",
-               "--runs", tmp_path / "runs"]
+    def asked(*chosen):
+        return [(one, other) for one, other, _ in tables.planned(scores, set(chosen))]
 
-    def run(part, *more):
-        return common.main(study.parser(), study.work, [part, *map(str, [*options, *more])])
+    first = [("triplet", "r3m")] * 2
+    about_ours = [("ours", "triplet")] * 3
+    third = [("triplet + directions", "triplet")] * 3
+    assert asked("triplet + directions") == first + about_ours
+    assert asked("anchored", "triplet + directions") == first + about_ours + third
+    assert asked("none") == first + third
+    assert asked("none", "triplet + directions") == first + about_ours + third
 
-    return run
-
-def test_tune_and_study(small, tmp_path, capsys):
-    """Three values and the best of them at the second rate, in both ways; then a row of each
-    objective and control. The second time nothing is trained again."""
-    assert small("tune", "--objective", "tcn") == 0
-    scores = vlmrm.read_json(tmp_path / "tuning.json")
-    assert set(scores) == {"settings", "tcn"}
-    assert len(scores["tcn"]) == 8
-    assert small("tune", "--batch", 1) == 2
-    assert "other settings" in capsys.readouterr().err
-
-    vlmrm.UNSEEN_TASKS = ("drawer-open-v3",)
-    assert small("study") == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    rows = {(result["row"], result["way"]) for result in results}
-    assert {("triplet", "all weights"), ("thumbnail", "LoRA"), ("zeroshot", "LoRA")} <= rows
-    assert ("zeroshot", "all weights") not in rows and len(rows) == len(results)
-    for result in results:
-        assert ("goal_voc" in result["seen"]) == (result["row"] == "tcn")
-        assert 0 <= result["seen"]["epic"]["value"] <= 1
-    doors = vlmrm.read_json(tmp_path / "reading.json")["door"]
-    assert set(doors) == {"zeroshot, LoRA", "triplet, LoRA", "triplet, all weights"}
-    with np.load(tmp_path / "rewards.npz") as rewards:
-        assert rewards["thumbnail/predicted"].shape == (len(rewards["thumbnail/episodes"]), 10)
-    capsys.readouterr()
-    assert small("study") == 0
-    printed = capsys.readouterr()
-    assert "training" not in printed.err and printed.out.count("done before") > 8
-
-def test_the_thumbnail_looks_at_the_colours_of_144_places(small, tmp_path, toy, monkeypatch):
-    """All its weights are trained, and its map is where the tower was."""
-    seen = []
-    monkeypatch.setattr(vlmrm, "train", lambda model, *_: seen.append(model))
-    args = vlmrm.parse_arguments(["--data", str(toy.path), "--runs", str(tmp_path)])
-    study.run_thumbnail(study.configure(study.THUMBNAIL, args), args.runs)
-    [model] = seen
-    assert all(weight.requires_grad for weight in model.parameters())
-    black = np.zeros((1, 96, 96, 3), np.uint8)
-    dots = black.copy()
-    dots[:, ::8, ::8] = 255  # each of the 144 squares has one white dot
-    moved = np.roll(dots, 4, axis=(1, 2))
-    one, two, three = (model.embed_frames(some) for some in (black, dots, moved))
-    assert torch.allclose(two, three, atol=1e-5) and not torch.allclose(one, two, atol=1e-5)
-
-def test_folds_leave_out_every_task_once(small, tmp_path, monkeypatch):
-    """Of forty tasks a fifth fold each; here the toy's three are in three of them."""
-    monkeypatch.setattr(vlmrm, "UNSEEN_TASKS", ("drawer-open-v3",))
-    toys = {name: dict(INSTRUCTIONS[name])
-            for name in ("drawer-open-v3", "push-v3", "reach-v3", "sweep-v3", "door-lock-v3")}
-    for entry in toys.values():
-        entry.pop("opposite", None)
-    monkeypatch.setattr(study, "all_objectives", lambda: {"triplet": "triplet"})
-    path = tmp_path / "toys.json"
-    path.write_text(json.dumps(toys))
-    vlmrm.write_whole(tmp_path / "tuning.json", b"{}")
-    assert small("folds", "--instructions", path) == 0
-    rows = vlmrm.read_json(tmp_path / "folds.json")
-    assert set(rows) == {"triplet", "thumbnail", "triplet, all weights"}
-    for folds in rows.values():
-        assert [list(fold) for fold in folds] == [
-            ["drawer-open-v3"], [], ["push-v3"], ["reach-v3"], ["sweep-v3"]]
+def test_a_minus_before_zero_goes_but_not_before_other_numbers():
+    text = tables.table(["x"], [["-0.00 -0.004 [-0.00, -0.05]"]])
+    assert "0.00 -0.004 [0.00, -0.05]" in text
 
 # Scenes -------------------------------------------------------------------------------------------
 
@@ -340,3 +327,6 @@ def test_the_tiny_clip_is_trained_on_scenes(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.checkpoint"))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     vlmrm.build_backbone("tiny", str(tmp_path / "one"))
+    with safetensors.safe_open(tmp_path / "one", "np") as file:
+        made_of = json.loads(file.metadata()["made_of"])
+    assert made_of == {"environments": ["drawer-open-v3"], "seed": 0, "steps": 2}

@@ -56,6 +56,9 @@ def test_tools_run_from_any_folder(tmp_path):
     (lerobot.main, "progress run a --size -96", "between 8"),
     (lerobot.main, "progress run", "folder"),
     (show.main, "run clip.gif", "under which sentence"), (show.main, "run", "run/config.json"),
+    (show.main, "run --out page.gif", "must end with .html"),
+    (show.main, "run --out new.gif clip.gif open", "run/config.json"),
+    (show.main, "run clip.gif --out new.gif open close", "run/config.json"),
     (show.main, "run clip.gif open --out reward.avi", "must end with .gif or .mp4"),
     (show.main, "run clip.gif open", "cannot read run/config.json"),
     (hub.main, "run new", "cannot read run/config.json"),
@@ -247,7 +250,8 @@ def test_a_page_of_a_run(finished, toy, capsys):
     content = json.loads(re.search(r"const DATA = (.*);\n", text)[1])
     names = [episode["name"] for episode in content["episodes"]]
     assert names[0] == "drawer-open-v3, unseen task: expert, succeeds"
-    assert "unseen" not in names[-1] and len(set(names)) == len(names) >= 4
+    assert "unseen" not in names[-1] and len(set(names)) == len(names) == 8
+    assert content["title"] == "triplet-seed1: 8 of 32 test episodes"
     data = vlmrm.Dataset(toy.path)
     e = data.select(task="drawer-open-v3", source="expert", split="test")[0]
     first = content["episodes"][0]
@@ -258,12 +262,30 @@ def test_a_page_of_a_run(finished, toy, capsys):
     rewards = model.score(data.pictures(e), sentence)
     assert first["curves"][f"“{sentence}”"] == pytest.approx(rewards, abs=1e-5)
     assert [len(values) for values in first["curves"].values()] == [data.T] * 3
-    browser = shutil.which("chromium")
-    if browser:
-        shown = subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
-             "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60).stdout
+    shown = in_browser(page)
+    if shown:
         assert shown.count('points="10,') == 4 and f"{rewards[0]:.3f}</output>" in shown
+
+def in_browser(page):
+    """What a browser makes of a page, "" where there is none."""
+    browser = shutil.which("chromium")
+    if not browser:
+        return ""
+    return subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
+         "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60).stdout
+
+def test_no_sentence_can_end_the_script_of_a_page(tmp_path):
+    """It is shown as it is."""
+    sentence = "</script><img src=x onerror=document.title=1> & \"'`${1} \u2028 \\n"
+    episode = {"name": sentence, "strip": "", "curves": {sentence: [0.1, 0.2]},
+               "simulator": [0.0, 0.0]}
+    page = tmp_path / "page.html"
+    page.write_text(show.page_of({"title": sentence, "episodes": [episode]}), encoding="utf-8")
+    assert page.read_text(encoding="utf-8").count("</script>") == 1
+    shown = in_browser(page)
+    if shown:
+        assert "<img" not in shown and shown.count("&lt;/script&gt;&lt;img src=x") >= 3
 
 def test_a_page_is_of_the_data_of_its_run(finished, toy, capsys, monkeypatch):
     """Not of other episodes with the same numbers."""

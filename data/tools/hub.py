@@ -37,7 +37,7 @@ rewards = model.score(pictures, "close the drawer")  # pictures uint8 (N, H, W, 
 ```
 
 Rewards are cosines: only compare pictures under one sentence, of scenes like those it was trained
-on. Means over tasks (unseen: by the objective; `tiny` has seen pictures of their things before):
+on. Means over tasks (unseen: nobody trained on them):
 
 {table}
 """

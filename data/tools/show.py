@@ -4,11 +4,11 @@ episodes of a run.
     python data/tools/show.py runs/triplet-seed0 clip.mp4 "close the drawer"
     python data/tools/show.py runs/triplet-seed0
 
-The first command prints the reward of each picture and writes clip-reward.gif. A picture or a folder of numbered
-pictures will do too. Each sentence gets a column and a curve. With --out reward.mp4 it becomes a
-film of that name and kind. It shows eight pictures a second, all that there are: cut a long film
-first. The second one writes runs/triplet-seed0/page.html: an episode, a slider over its pictures,
-its rewards under each sentence. It is one file that any browser opens.
+The first command prints the reward of each picture and writes clip-reward.gif. A picture or a
+folder of numbered pictures will do too. Each sentence gets a column and a curve. With --out
+reward.mp4 it becomes a film of that name and kind. It shows eight pictures a second, all that there
+are: cut a long film first. The second one writes runs/triplet-seed0/page.html: an episode, a slider
+over its pictures, its rewards under each sentence. It is one file that any browser opens.
 """
 import common  # first: it knows where vlmrm.py is
 import vlmrm
@@ -89,7 +89,7 @@ def show(args) -> None:
     print(f"see {out}")
 
 def choose_episodes(data, tested: list[int]) -> list[int]:
-    """The first expert of each task, of unseen ones also the first failure; unseen ones first."""
+    """The first expert and the first failure of each task, unseen tasks first: MOST of them."""
     chosen = []
     for group in ("unseen", "seen"):
         for task in sorted(set(data.task[tested].tolist())):
@@ -98,9 +98,7 @@ def choose_episodes(data, tested: list[int]) -> list[int]:
             here = [e for e in tested if data.task[e] == task]
             experts = [e for e in here if data.source[e] == "expert"]
             failures = [e for e in here if not data.success[e].any()]
-            chosen += experts[:1]
-            if group == "unseen":
-                chosen += failures[:1]
+            chosen += experts[:1] + failures[:1]
     return chosen[:MOST]
 
 def curves_of(model, pictures: np.ndarray, instructions: dict, task: str) -> dict[str, list]:
@@ -117,17 +115,22 @@ def curves_of(model, pictures: np.ndarray, instructions: dict, task: str) -> dic
     return {what: vlmrm.cosine(frames, text).tolist() for what, text in zip(sentences, texts)}
 
 @torch.inference_mode()
-def draw_page(run: Path) -> None:
-    """Write page.html into the folder of a run. Raises InputError."""
-    config = vlmrm.read_json(run / "config.json")
+def draw_page(args) -> None:
+    """Write the page, as page.html into the folder of the run. Raises InputError."""
+    run = args.run
+    out = args.out or run / "page.html"
+    if out.suffix.lower() != ".html":
+        raise vlmrm.InputError(f"{out} must end with .html, or name a film to draw")
     model = vlmrm.load_reward_model(run)
+    config = vlmrm.read_json(run / "config.json")
     data = vlmrm.Dataset(config["data"])
     if vlmrm.digest(data.path) != config["sha256"]["data"]:
         raise vlmrm.InputError(f"{data.path} has changed since this run")
     instructions = vlmrm.load_instructions(config["instructions"], data.task)
-    tested = vlmrm.read_json(run / "metrics.json")["predicted"]
+    with vlmrm.reading(run / "metrics.json"):
+        tested = [int(e) for e in vlmrm.read_json(run / "metrics.json")["predicted"]]
     episodes = []
-    for e in tqdm(choose_episodes(data, [int(e) for e in tested]), "episodes"):
+    for e in tqdm(choose_episodes(data, tested), "episodes"):
         task = data.task[e]
         strip = data.strips[data.offsets[e]:data.offsets[e + 1]].tobytes()
         outcome = "succeeds" if data.success[e].any() else "fails"
@@ -136,16 +139,19 @@ def draw_page(run: Path) -> None:
             "strip": "data:image/webp;base64," + base64.b64encode(strip).decode(),
             "curves": curves_of(model, data.pictures(e), instructions, task),
             "simulator": data.rewards[e].tolist()})
-    content = json.dumps({"title": f"vlmrm: {run.resolve().name}", "episodes": episodes})
+    title = f"{run.resolve().name}: {len(episodes)} of {len(tested)} test episodes"
+    vlmrm.write_whole(out, page_of({"title": title, "episodes": episodes}).encode())
+    print(f"open {out} in a browser")
+
+def page_of(content: dict) -> str:
+    """The page that shows it: see page.html. No name or sentence in it can end the script."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = page.replace("/*DATA*/", content.replace("<", "\\u003c"))
-    vlmrm.write_whole(run / "page.html", page.encode())
-    print(f"open {run / 'page.html'} in a browser")
+    return page.replace("/*DATA*/", json.dumps(content).replace("<", "\\u003c"))
 
 def work(args) -> None:
     """Write the film, or the page. Raises InputError."""
     if args.film is None:
-        draw_page(args.run)
+        draw_page(args)
     elif not args.instruction:
         raise vlmrm.InputError("under which sentence? Add one, such as \"close the drawer\"")
     else:
@@ -155,9 +161,10 @@ def main(argv: list[str] = None) -> int:
     parser = common.Parser("show", description=__doc__)
     add = parser.add_argument
     add("run", type=Path, help="such as runs/triplet-seed0")
-    add("film", type=Path, nargs="?", help="mp4, gif, webm, ..., a picture, or a folder of pictures")
+    add("film", type=Path, nargs="?", help="mp4, gif, webm, ..., a picture, a folder of pictures")
     add("instruction", nargs="*", help="what it should show")
-    add("--out", type=Path, help="an mp4 or gif (the film's name, with -reward.gif)")
+    add("--out", type=Path, help="an mp4 or gif (the film's name, with -reward.gif), or an html")
+    parser.parse_args = parser.parse_intermixed_args  # options may stand before a sentence
     return common.main(parser, work, argv)
 
 if __name__ == "__main__":
