@@ -259,7 +259,8 @@ def result_sentence(scores: dict, found: dict, folds: list[int]) -> str:
         if (one, other) == ("triplet", "r3m"):
             parts.append(f"{title} {over_tasks(values)}, {verdict(values)} "
                          f"(p = {sign_flips(values):.3f})")
-    return (f"**On {len(scores['triplet']['voc'])} unseen tasks, {len(folds)} of 5 folds, `triplet` "
+    count = len(scores["triplet"]["voc"])
+    return (f"**On {count} unseen tasks, {len(folds)} of 5 folds, `triplet` "
             f"minus `r3m`: {'; '.join(parts)}.** Brackets are 95 % intervals over tasks, p is of "
             f"sign flips, not corrected for the {len(found)} planned comparisons.")
 

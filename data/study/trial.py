@@ -182,7 +182,7 @@ def play(job: dict) -> dict[str, dict]:
 
 def play_all(jobs: dict[str, dict], path: Path, files_of, workers: int) -> dict:
     """Play the jobs that path has not, side by side, and keep each result at once. files_of(fold)
-    is what they depend on: a fold that was begun with other files is not gone on with."""
+    is what they depend on: an arm that was begun with other files is not gone on with."""
     found = {"files": {}, "settings": {}, "runs": {}}
     if path.exists():
         found = vlmrm.read_json(path)
@@ -190,11 +190,11 @@ def play_all(jobs: dict[str, dict], path: Path, files_of, workers: int) -> dict:
         if found["settings"].setdefault(arm, settings_of(arm)) != settings_of(arm):
             raise vlmrm.InputError(f"{path}: {arm} had other settings: move it away")
     left = {key: job for key, job in jobs.items() if key not in found["runs"]}
-    for fold in sorted({job["fold"] for job in left.values()}):
+    for arm, fold in sorted({(job["arm"], job["fold"]) for job in left.values()}):
         files = files_of(fold)
-        if found["files"].setdefault(str(fold), files) != files:
+        if found["files"].setdefault(f"{arm}, fold {fold}", files) != files:
             raise vlmrm.InputError(
-                f"{path}: fold {fold} was begun with other files: move it away")
+                f"{path}: {arm} was begun with other files in fold {fold}: move it away")
     os.environ["TQDM_DISABLE"] = "1"  # the bars of the workers
     # A thread each: two runs side by side are faster than one with two threads.
     with ProcessPoolExecutor(
@@ -284,7 +284,7 @@ def chosen_setting(args, arm: str, fold: int) -> int:
     path = args.results / "choices.json"
     with vlmrm.reading(path):  # there, and whole
         choices = vlmrm.read_json(path)
-        made_of = choices["files"][str(fold)]
+        made_of = choices["files"][f"{arm}, fold {fold}"]
         now = files_of(argparse.Namespace(**dict(vars(args), stage="choose")), fold)
         for name in ("data", "instructions", "start"):
             if made_of[name] != now[name]:

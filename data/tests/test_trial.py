@@ -135,8 +135,9 @@ def test_results_of_two_processes_are_kept(monkeypatch, tmp_path):
     """And a setting that diverges stops nothing, but anything else does."""
     def play(job):
         if job["what"] == "other":
-            vlmrm.write_whole(path, vlmrm.to_json(
-                {"files": {"1": {}}, "settings": {}, "runs": {"theirs": result(0.1, 0.5)}}))
+            vlmrm.write_whole(path, vlmrm.to_json({
+                "files": {"hop, fold 1": {}}, "settings": {},
+                "runs": {"theirs": result(0.1, 0.5)}}))
         if job["what"] == "diverges":
             raise vlmrm.InputError("step 3: the loss is nan")
         if job["what"] == "fails":
@@ -158,7 +159,7 @@ def test_results_of_two_processes_are_kept(monkeypatch, tmp_path):
         play_all(a="", c="fails")
     found = vlmrm.read_json(path)
     assert set(found["runs"]) == {"theirs", "a", "b"}
-    assert found["files"] == {"0": {"data": "some"}, "1": {}}
+    assert found["files"] == {"hop, fold 0": {"data": "some"}, "hop, fold 1": {}}
     assert found["settings"] == {"hop": trial.settings_of("hop")}
     monkeypatch.setattr(trial, "settings_of", lambda arm: [])
     with pytest.raises(vlmrm.InputError, match="hop had other settings"):
