@@ -15,7 +15,8 @@ import scipy.stats
 
 import vlmrm
 from trial import (
-    ARMS, CANDIDATES, CONTROLS, RESULTS, SEEDS, best_setting, ours, reads, score, settings_of)
+    ARMS, CANDIDATES, CONTROLS, RESULTS, SEEDS, best_setting, ours, reads, score, settings_of,
+    tried_settings)
 
 PAGES = (vlmrm.DATA.parent / "README.md", RESULTS / "README.md")
 SAME = "ranking_accuracy_same_time"
@@ -90,10 +91,14 @@ def interval(values: np.ndarray, share: float = 0.95) -> tuple[float, float]:
     half = scipy.stats.t.ppf((1 + share) / 2, len(values) - 1) * scipy.stats.sem(values)
     return values.mean() - half, values.mean() + half
 
+def brackets(values: np.ndarray, share: float = 0.95, digits: int = 2) -> str:
+    """Their interval, with signs. Three digits where two would hide a rule."""
+    low, high = interval(values, share)
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+
 def over_tasks(values: np.ndarray) -> str:
     """Mean and 95 % interval over tasks, with signs."""
-    low, high = interval(values)
-    return f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{values.mean():+.2f} {brackets(values)}"
 
 def sign_flips(values: np.ndarray) -> float:
     """The p of differences: could their signs be chance?"""
@@ -192,24 +197,19 @@ def spread(choices: dict, arm: str, folds: list[int]) -> str:
     if not ARMS[arm][0]:
         return ""  # nothing is trained
     tried = []
-    for k, fold in itertools.product(range(8), folds):
-        tried.append(score(choices[f"{arm}, fold {fold}, setting {k}"]))
+    for fold in folds:
+        tried += [score(tasks) for tasks in tried_settings(choices, arm, fold)]
     tried.sort()
     worst, median, best = tried[0], tried[len(tried) // 2], tried[-1]
     return f"{worst:.2f}, {median:.2f}, {best:.2f}".replace("-inf", "diverged")
-
-def three(values: np.ndarray, share: float) -> str:
-    """An interval with three digits, where two would hide a rule."""
-    low, high = interval(values, share)
-    return f"[{low:+.3f}, {high:+.3f}]"
 
 def planned_table(found: dict) -> str:
     """The answers to the planned questions."""
     rows = []
     for (one, other, title), values in found.items():
         row = [f"`{one}` minus `{other}`, {title}", str(len(values)), f"{values.mean():+.3f}"]
-        row.append(three(values, 0.95))
-        row.append(three(values, 0.9))
+        row.append(brackets(values, 0.95, 3))
+        row.append(brackets(values, 0.9, 3))
         row.append(f"{np.median(values):+.3f}")
         row.append(str((values > 0).sum()))
         row.append(f"{sign_flips(values):.3f}")
@@ -233,7 +233,7 @@ def settings_table(choices: dict, arms: list[str], folds: list[int]) -> str:
         row.append(f"{setting['learning_rate']:g}")
         row.append(str(setting["steps"]))
         row.append(str(setting["constants"]).strip("{}").replace("'", ""))
-        row.append(f"{score(choices[f'{arm}, fold {fold}, setting {best}']):.2f}")
+        row.append(f"{score(tried_settings(choices, arm, fold)[best]):.2f}")
         rows.append(row)
     return table(["objective", "fold", "trained", "rate", "steps", "constants", "score"], rows)
 
