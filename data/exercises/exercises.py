@@ -162,7 +162,7 @@ def check_8(path):
 
 # Of our losses: those in which what a video learns depends on another video's sentence, and others.
 MIXING = ("anchored", "clip", "decisionnce-p", "decisionnce-t", "hilp-text", "liv", "progress",
-          "r3m", "tcn-text", "vip-text", "vlc")
+          "r3m", "tcn-text", "triplet-directions", "vip-text", "vlc")
 ALONE = ("hilp", "hop", "preference", "tcn", "timerewarder", "triplet", "vip")
 
 def nameless(loss):

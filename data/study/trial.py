@@ -24,7 +24,6 @@ import common  # finds vlmrm
 import numpy as np
 import scipy.stats
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import vlmrm
@@ -37,25 +36,18 @@ KEPT = ("voc", "voc_opposite", "voc_paraphrase", "ranking_accuracy_same_time",
 
 # 1. Arms and settings -----------------------------------------------------------------------------
 
-def mixture(frames, texts, times, before=None, margin: float = 0.1, directions: float = 0.0,
-            keep: float = 0.0):
-    """Triplet; plus a contrast of the directions in which videos move with the sentences, as in
-    DecisionNCE-T; plus the distance of frames to where they were before training."""
-    loss = vlmrm.triplet_loss(frames, texts, times, margin)
-    steps = frames[:, [0, 1, 3, 4]].diff(dim=1)  # (B, 3, D), but not to the next: too close
-    moved = F.normalize(steps, dim=-1, eps=1e-6).sum(dim=1)  # (B, D)
-    loss = loss + directions * vlmrm.info_nce(3 * moved @ texts.T)
-    if keep:
-        loss = loss + keep * (frames - before[0]).square().sum(dim=-1).mean()
-    return loss
-
-def directed(frames, texts, times, margin: float = 0.1, directions: float = 0.0):
-    """mixture() of two terms: the untrained model need not look."""
-    return mixture(frames, texts, times, None, margin, directions)
-
 def from_file(name: str, part: str = "loss"):
     """The loss, or the reward, of a file of data/objectives/."""
     return vlmrm.get_objective(str(vlmrm.DATA / "objectives" / f"{name}.py"))[part]
+
+directed = from_file("triplet-directions")
+
+def mixture(frames, texts, times, before, margin: float = 0.1, directions: float = 0.0,
+            keep: float = 0.0):
+    """Triplet, with a contrast of directions or without, plus the distance of frames to where they
+    were before training."""
+    loss = directed(frames, texts, times, margin, directions)
+    return loss + keep * (frames - before[0]).square().sum(dim=-1).mean()
 
 # {arm: (loss, {constant: values})}. Each arm has at most two constants of its own.
 ARMS = {

@@ -46,7 +46,7 @@ def each_alone(model, loss, pictures, sentences):
     (4, falling_sentences, True, ""),
     (4, lambda frames: -frames[:, -1], False, "of 300 videos"),
     (4, torch.clone, False, "unit vectors"),
-    (9, mixes, True, "wrong about none of 18"),
+    (9, mixes, True, "wrong about none of 19"),
     (9, lambda loss: True, False, "wrong about hilp, hop, preference, tcn, timerewarder, triplet"),
     (9, lambda loss: loss.__name__ == "r3m_loss", False, "r3m"),
     (10, in_parts, True, "at most 2 videos"),

@@ -253,16 +253,25 @@ def naive_hop(scale=10):
             errors.append((hops[0] - hops[1]) ** 2)
     return np.mean(errors)
 
-def naive_anchored():
+def naive_contrast_of_directions():
     scores = torch.zeros(6, 6, dtype=torch.float64)
     for i, j in np.ndindex(6, 6):
         for a, b in ((0, 1), (1, 3), (3, 4)):
             step = FRAMES[i, b] - FRAMES[i, a]
             scores[i, j] += 3 * step @ TEXTS[j] / step.norm()
     own = torch.arange(6)
-    contrast = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+
+def naive_anchored():
     away = [math.dist(frame, frame.roll(1)) ** 2 for frame in FRAMES.flatten(0, 1)]
-    return naive_hop(scale=5) + 0.1 * contrast + np.mean(away)
+    return naive_hop(scale=5) + 0.1 * naive_contrast_of_directions() + np.mean(away)
+
+def naive_triplet_directions():
+    terms = []
+    for video, text in zip(FRAMES, TEXTS):
+        for early, late in itertools.combinations(video, 2):
+            terms.append(max(0, 0.1 - late @ text + early @ text))
+    return np.mean(terms) + 0.03 * naive_contrast_of_directions()
 
 def naive_timerewarder():
     entropies = []
@@ -280,7 +289,8 @@ def naive_timerewarder():
 
 @pytest.mark.parametrize("name, oracle", [
     ("clip", open_clips_loss), ("hilp", naive_hilp), ("progress", naive_progress),
-    ("hop", naive_hop), ("anchored", naive_anchored), ("timerewarder", naive_timerewarder)])
+    ("hop", naive_hop), ("anchored", naive_anchored), ("timerewarder", naive_timerewarder),
+    ("triplet-directions", naive_triplet_directions)])
 def test_loss_against_a_library_or_loops(name, oracle):
     assert LOSSES[name](FRAMES, TEXTS, TIMES).item() == pytest.approx(float(oracle()), rel=1e-9)
 

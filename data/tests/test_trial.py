@@ -54,7 +54,7 @@ def test_the_mixture_is_the_sum_of_its_terms():
     before = unit(4, 5, 8, seed=2)
     times = torch.linspace(0, 1, 5).repeat(4, 1)
     triplet = vlmrm.triplet_loss(frames, texts, times, 0.2)
-    assert trial.mixture(frames, texts, times, margin=0.2) == triplet
+    assert trial.mixture(frames, texts, times, (before, texts), 0.2) == triplet
     contrast = trial.from_file("decisionnce-t")(frames, texts, times, scale=3.0)
     away = (2 - 2 * (frames * before).sum(-1)).mean()
     expected = (triplet + 0.3 * contrast + 0.7 * away).item()
