@@ -1,0 +1,169 @@
+"""Gains and plans: by hand, on a toy that is no simulator, and in Meta-World."""
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import vlmrm  # before torch: see there
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import guide
+import planning
+from conftest import one_line
+
+NEVER = [999, 999]
+
+def test_gain_by_hand():
+    """Episode 0 goes wrong at 20, episode 1 at 10. At step 10 an expert's window gains 2, a random
+    one 1. All windows before are experts', all later ones random: nothing to compare."""
+    rewards = np.array([[0, 1, 3, 3, 9], [0, 5, 6, 9, 9]])
+    assert guide.gain_auroc(rewards, [20, 10], NEVER) == 1
+    assert guide.gain_auroc(-rewards, [20, 10], NEVER) == 0
+    assert guide.gain_auroc(0 * rewards, [20, 10], NEVER) == 0.5  # equal gains count half
+    assert np.isnan(guide.gain_auroc(rewards, [20, 20], NEVER))
+
+def test_a_clock_has_no_gain():
+    """Whenever episodes go wrong."""
+    rng = np.random.default_rng(0)
+    clock = np.arange(12) * np.ones((30, 1))
+    assert guide.gain_auroc(clock, rng.integers(20, 80, 30), [999] * 30) == 0.5
+
+def test_what_comes_after_success_does_not_count():
+    """Episode 0 succeeds at step 15, in the middle of the only window to compare."""
+    rewards = np.array([[0, 1, 3, 3], [0, 5, 6, 9]])
+    assert guide.gain_auroc(rewards, [20, 10], [20, 999]) == 1
+    assert np.isnan(guide.gain_auroc(rewards, [20, 10], [15, 999]))
+    assert np.isnan(guide.gain_auroc(rewards, [20, 10], [999, 15]))
+
+def test_the_search_finds_what_is_liked(monkeypatch):
+    """A plan whose first action is near a target, if that is what is liked; and the best of all
+    plans that were tried, not the last one."""
+    target = np.array([0.5, -0.25, 1.0, 0.0])
+    tried = []
+
+    def keep(env, state, plan):
+        tried.append(plan)
+        return plan
+
+    def rate(plans):
+        return np.array([-np.abs(plan[0] - target).sum() for plan in plans])
+
+    monkeypatch.setattr(planning, "carry_out", keep)
+    plan, outcome = planning.search(None, None, rate, np.random.default_rng(0))
+    assert (plan == outcome).all() and plan.shape == (planning.KNOTS, 4)
+    assert np.abs(plan[0] - target).max() < 0.15
+    assert rate([plan]) == rate(tried).max()
+    assert len(tried) == planning.PLANS * planning.ROUNDS
+    assert np.abs(tried).max() == 1
+
+def test_what_rows_think(monkeypatch):
+    """Success, the simulator's reward, a model's, and success with the model as a potential."""
+    steps = np.arange(80.0)
+    outcomes = [{"rewards": steps, "success": [False] * 80, "poses": steps},
+                {"rewards": 0 * steps, "success": [False] * 79 + [True], "poses": -steps}]
+    scene = {"rewards": np.array([[1.0, 5.0], [3.0, 9.0]]), "picture": 7.0, "renderer": None,
+             "env": None}
+    monkeypatch.setattr(guide, "look", lambda renderer, env, poses: poses)
+    monkeypatch.setattr(guide, "rewards_of", lambda row, videos, sentence: row * np.array(videos))
+    models = {"triplet": 1.0, "r3m": 2.0}
+    last = (69 + 79) / 2  # the mean of the two steps that are judged
+    assert guide.rise(scene["rewards"]) == 5
+
+    def rate(row):
+        return guide.rate(row, outcomes, scene, models, "").tolist()
+
+    assert rate("success") == [0, 1]
+    assert rate("simulator") == [last - 2, -2]
+    assert rate("triplet") == [last - 7, -last - 7]
+    assert rate("r3m") == [2 * (last - 7), 2 * (-last - 7)]
+    assert rate(guide.SHAPED) == [last - 7, 1 - last - 7]
+
+@pytest.fixture
+def small(monkeypatch):
+    """A search of four plans, and two episodes that go wrong: for processes of their own, too."""
+    monkeypatch.setattr(planning, "ROUNDS", 2)
+    monkeypatch.setattr(planning, "PLANS", 2)
+    monkeypatch.setattr(planning, "ELITE", 1)
+    monkeypatch.setattr(guide, "EPISODES", 3)
+
+def test_a_state_is_put_back(rendering):
+    """The same plan from it has the same outcome, whatever has been done since."""
+    scene = planning.open_scene("drawer-close-v3", np.random.default_rng(0))
+    env = scene["env"]
+    plan = np.random.default_rng(0).uniform(-1, 1, (planning.KNOTS, 4))
+    first = planning.carry_out(env, scene["state"], plan)
+    pictures = planning.look(scene["renderer"], env, first["poses"][::20])
+    planning.carry_out(env, scene["state"], -plan)
+    again = planning.carry_out(env, scene["state"], plan)
+    assert again["rewards"] == first["rewards"] and len(np.unique(first["rewards"])) > 1
+    assert (planning.look(scene["renderer"], env, again["poses"][::20]) == pictures).all()
+    assert scene["rewards"][:, 1].min() > scene["rewards"][:, 0].max()  # experts get it done
+    scene["renderer"].close()
+
+def test_a_task_is_guided(rendering, small, tiny):
+    """Every row has a plan and a gain, in one process."""
+    models = {"triplet": (tiny, vlmrm.cosine_reward), "zeroshot": (tiny, vlmrm.cosine_reward)}
+    rng = np.random.default_rng(0)
+    plans = guide.make_plans("drawer-close-v3", "close the drawer", models, rng)
+    assert set(plans) == {"random", "triplet", "zeroshot", "simulator", "success", guide.SHAPED}
+    assert plans["triplet"] == plans["zeroshot"]  # one model, one seed
+    for row in plans.values():
+        assert np.shape(row["plan"]) == (planning.KNOTS, 4) and isinstance(row["done"], bool)
+    gains = guide.measure_gain("drawer-close-v3", "close the drawer", models, rng)
+    assert set(gains) == {"simulator", "triplet", "zeroshot"}
+    assert gains["triplet"] == gains["zeroshot"]
+
+@pytest.fixture
+def two_runs(finished, tmp_path):
+    """A run of triplet, and what passes for one of zeroshot."""
+    other = tmp_path / "zeroshot-seed1"
+    shutil.copytree(finished, other)
+    config = vlmrm.read_json(other / "config.json")
+    (other / "config.json").write_text(json.dumps(dict(config, objective="zeroshot")))
+    return finished, other
+
+@pytest.fixture
+def played(monkeypatch):
+    """The names of jobs, which are done in this process, at once; push cannot be done."""
+    names = []
+
+    def play(job):
+        names.append(job["name"])
+        if job["task"] == "push-v3":
+            raise vlmrm.InputError("no push today")
+        return {"triplet": 0.5}
+
+    monkeypatch.setattr(guide, "play", play)
+    monkeypatch.setattr(guide, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    return names
+
+def test_it_goes_on(two_runs, tmp_path, played, capsys):
+    """With what is left, and not with other models. A run of each objective has to be given."""
+    def guided(*tasks, folders=two_runs):
+        arguments = [*folders, "--results", tmp_path, "--tasks", *tasks]
+        return common.main(guide.parser(), guide.work, [str(value) for value in arguments])
+
+    def refused(says, *tasks, folders=two_runs):
+        capsys.readouterr()
+        assert guided(*tasks, folders=folders) == 2
+        one_line(capsys, says, "guide")
+
+    assert guided("reach-v3") == 0
+    starts = [f"reach-v3, start {number}" for number in range(guide.STARTS)]
+    assert sorted(played) == ["reach-v3", *starts]
+    assert guided("reach-v3", "sweep-v3") == 0
+    assert played[4:] == ["sweep-v3"]  # there nothing is planned
+    refused("no push today", "push-v3")
+    found = vlmrm.read_json(tmp_path / "guide.json")
+    assert set(found["gain"]) == {"reach-v3", "sweep-v3"} and set(found["plans"]) == set(starts)
+    assert set(found["metrics"]) == {"triplet", "zeroshot"}
+
+    refused("one run of each objective", "reach-v3", folders=(two_runs[0], two_runs[0]))
+    refused("triplet and zeroshot", "reach-v3", folders=two_runs[:1])
+    weights = two_runs[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    refused("of other models", "reach-v3")
