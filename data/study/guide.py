@@ -1,7 +1,8 @@
-"""Does a reward guide? Its gain step by step, and plans that are chosen by the reward alone.
+r"""Does a reward guide? Its gain step by step, and plans that are chosen by the reward alone.
 
-    python vlmrm.py --objective triplet r3m liv timerewarder triplet-directions zeroshot
-    python data/study/guide.py runs/*-seed0       an hour on two slow cores; goes on if stopped
+    python vlmrm.py --objective triplet r3m liv timerewarder decisionnce-t triplet-directions \
+        zeroshot --runs runs/guide
+    python data/study/guide.py runs/guide/*-seed0   an hour on two slow cores; goes on if stopped
 
 Gain: an expert goes wrong at a random step. Does the reward gain more in ten steps of the expert's
 than in ten random ones at the same time of the same task? A clock gets .5. Plan: search for the
@@ -27,7 +28,7 @@ import vlmrm
 from planning import HOLD, KNOTS, carry_out, look, open_at, open_scene, search
 from trial import RESULTS, from_file
 
-# To plan in: eight unseen tasks (no search of ours solves coffee-pull and push-wall), four seen.
+# To plan in: eight unseen tasks (not the two in which things are gripped and carried), four seen.
 TASKS = ("button-press-v3", "door-open-v3", "door-unlock-v3", "drawer-open-v3", "faucet-open-v3",
          "handle-pull-side-v3", "plate-slide-back-v3", "window-close-v3",
          "door-close-v3", "drawer-close-v3", "reach-v3", "window-open-v3")
@@ -60,14 +61,15 @@ def rewards_of(row: tuple, videos, sentence: str) -> np.ndarray:
 
 def gain_auroc(rewards, wrong_from, done_at) -> float:
     """How often a window of an expert gains more than a random one of another episode at the same
-    time; ties count half. rewards (E, T): every HOLD steps. wrong_from, done_at: steps (E,).
-    After success there is nothing to gain: no such window counts. NaN without pairs."""
-    gains = np.diff(rewards, axis=1)  # (E, T - 1)
+    time; ties count half. rewards (E, T): after the steps 0, HOLD, 2 HOLD, ... wrong_from (E,): the
+    first random step, done_at (E,): that of success. A window that ends later has nothing to gain,
+    and does not count. NaN with fewer than vlmrm.FEWEST_PAIRS pairs."""
+    gains = np.diff(rewards, axis=1)  # (E, T - 1): of the steps begins + 1 to ends
     begins = HOLD * np.arange(gains.shape[1])
     ends = begins + HOLD
     before_success = ends <= np.array(done_at)[:, None]  # (E, T - 1)
-    expert = before_success & (ends <= np.array(wrong_from)[:, None])
-    random = before_success & (begins >= np.array(wrong_from)[:, None])
+    expert = before_success & (ends < np.array(wrong_from)[:, None])
+    random = before_success & (begins + 1 >= np.array(wrong_from)[:, None])
     right = 0.0
     pairs = 0
     for now in range(gains.shape[1]):
@@ -75,7 +77,7 @@ def gain_auroc(rewards, wrong_from, done_at) -> float:
         other = gains[random[:, now], now]
         right += (one > other).sum() + (one == other).sum() / 2
         pairs += one.size * other.size
-    if not pairs:
+    if pairs < vlmrm.FEWEST_PAIRS:
         return float("nan")
     return right / pairs
 
@@ -102,7 +104,8 @@ def measure_gain(task: str, sentence: str, models: dict, rng) -> dict[str, float
 # 2. Plans -----------------------------------------------------------------------------------------
 
 def rate(row: str, outcomes: list[dict], scene: dict, models: dict, sentence: str) -> np.ndarray:
-    """How far a row's reward rises from the start to the end of plans, by their outcomes: (n,)."""
+    """How far a row's reward rises from the start to the end of plans, by their outcomes: (n,); the
+    simulator's from where it is at the start of experts."""
     done = np.array([any(outcome["success"]) for outcome in outcomes], float)
     if row == "success":
         return done
@@ -123,7 +126,7 @@ def rate(row: str, outcomes: list[dict], scene: dict, models: dict, sentence: st
 def make_plans(task: str, sentence: str, models: dict, rng) -> dict[str, dict]:
     """{row: {"plan", "done", "said", "liked"}} from one start: the plan that the row likes best,
     how far the simulator's reward and the row's own rise with it, as shares of what they rise with
-    three experts. A model whose reward does not rise with these has no "liked"."""
+    three experts (it may be more than 1). Without "liked": the own reward falls with experts."""
     scene = open_scene(task, rng)
     plan = rng.uniform(-1, 1, (KNOTS, 4)).round(2)
     found = {"random": (plan, carry_out(scene["env"], scene["state"], plan))}
@@ -150,10 +153,14 @@ def rise(rewards: np.ndarray) -> float:
 
 # 3. All of it -------------------------------------------------------------------------------------
 
+def random_numbers(name: str):
+    """A generator of its own for each job."""
+    return np.random.default_rng(zlib.crc32(name.encode()))
+
 def play(job: dict) -> dict:
     """The gain of a task, or the plans from one of its starts."""
     warnings.simplefilter("ignore")  # Meta-World's, of its own constants
-    rng = np.random.default_rng(zlib.crc32(job["name"].encode()))
+    rng = random_numbers(job["name"])
     models = load_models(job["runs"], job["device"])
     instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
     sentence = instructions[job["task"]]["instruction"]
@@ -162,8 +169,11 @@ def play(job: dict) -> dict:
     return make_plans(job["task"], sentence, models, rng)
 
 def what_was_run(folders: list[Path]) -> dict[str, dict]:
-    """{"models": {objective: SHA-256 of its weights}, "metrics": {objective: {metric: score}}} of
-    the folders of runs, on unseen tasks. Raises InputError."""
+    """{"files": SHA-256 of the code and the sentences, "models": {objective: SHA-256 of its
+    weights}, "metrics": {objective: {metric: score}}, on unseen tasks}. Raises InputError."""
+    here = Path(__file__)
+    files = vlmrm.digest(vlmrm.__file__, here, here.with_name("planning.py"),
+                         vlmrm.DATA / "instructions.json")
     models = {}
     metrics = {}
     for folder in folders:
@@ -174,7 +184,7 @@ def what_was_run(folders: list[Path]) -> dict[str, dict]:
         models[name] = vlmrm.digest(folder / "model.safetensors")
     if not {"triplet", "zeroshot"} <= set(models) or len(models) < len(folders):
         raise vlmrm.InputError("one run of each objective, triplet and zeroshot among them")
-    return {"models": models, "metrics": metrics}
+    return {"files": files, "models": models, "metrics": metrics}
 
 def work(args) -> None:
     """Do all jobs, side by side, and keep each result at once."""
@@ -182,8 +192,9 @@ def work(args) -> None:
     found = {"gain": {}, "plans": {}, **what_was_run(args.runs)}
     if path.exists():
         before = vlmrm.read_json(path)
-        if before["models"] != found["models"]:
-            raise vlmrm.InputError(f"{path} is of other models: move it away")
+        for part in ("files", "models", "metrics"):
+            if before[part] != found[part]:
+                raise vlmrm.InputError(f"{path} was made with other {part}: move it away")
         found = before
     jobs = []
     for task in args.tasks:

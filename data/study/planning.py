@@ -35,15 +35,19 @@ def open_at(task: str, seed: int):
 def open_scene(task: str, rng) -> dict:
     """A start to plan from: {"env", "renderer", "state", "picture" (S, S, 3)}, and of three experts
     the first and last picture, "experts" (3, 2, S, S, 3), and the simulator's "rewards" (3, 2)."""
+    import mujoco
     env, policy, renderer = open_at(task, int(rng.integers(2**31)))
     experts = []
     rewards = []
-    for _ in range(3):
+    while len(experts) < 3:
         history = vlmrm.roll_out(env, policy(), rng, 300)
+        if not history[-1][2]:
+            continue  # no success at its end
         ends = (history[0], history[-1])
         experts.append(look(renderer, env, [poses for poses, _, _ in ends]))
         rewards.append([reward for _, reward, _ in ends])
     env.reset()
+    mujoco.mj_forward(env.model, env.data)  # reset() moves things, and leaves their poses
     [picture] = look(renderer, env, [{}])
     return {"env": env, "renderer": renderer, "state": get_state(env), "picture": picture,
             "experts": np.array(experts), "rewards": np.array(rewards)}
@@ -72,7 +76,8 @@ def carry_out(env, state: np.ndarray, plan) -> dict[str, list]:
 
 def search(env, state: np.ndarray, rate, rng) -> tuple[np.ndarray, dict]:
     """The plan whose outcome is rated best, and that outcome: the cross-entropy method. Plans are
-    drawn around a mean, which moves to the best of them. rate: n outcomes -> (n,)."""
+    drawn around a mean, which moves to the best of them; where all are alike it stays. rate: n
+    outcomes -> (n,)."""
     mean = np.zeros((KNOTS, 4))
     spread = np.full((KNOTS, 4), 0.7)
     most = -np.inf
@@ -86,7 +91,8 @@ def search(env, state: np.ndarray, rate, rng) -> tuple[np.ndarray, dict]:
         if rated[first] > most:
             most = rated[first]
             best = (plans[first], outcomes[first])
-        elite = plans[order[:ELITE]]
-        mean = elite.mean(axis=0)
-        spread = elite.std(axis=0) + 0.05
+        if np.ptp(rated) > 0:
+            elite = plans[order[:ELITE]]
+            mean = elite.mean(axis=0)
+            spread = elite.std(axis=0) + 0.05
     return best

@@ -16,14 +16,28 @@ from conftest import one_line
 
 NEVER = [999, 999]
 
-def test_gain_by_hand():
-    """Episode 0 goes wrong at 20, episode 1 at 10. At step 10 an expert's window gains 2, a random
-    one 1. All windows before are experts', all later ones random: nothing to compare."""
+@pytest.fixture
+def any_pairs(monkeypatch):
+    """Even one pair of windows counts."""
+    monkeypatch.setattr(vlmrm, "FEWEST_PAIRS", 1)
+
+def test_gain_by_hand(any_pairs):
+    """The window of the steps 11 to 20 gains 2 in episode 0, which goes wrong at 21, and 1 in
+    episode 1, which goes wrong at 11. All windows before are experts', all later ones random."""
     rewards = np.array([[0, 1, 3, 3, 9], [0, 5, 6, 9, 9]])
-    assert guide.gain_auroc(rewards, [20, 10], NEVER) == 1
-    assert guide.gain_auroc(-rewards, [20, 10], NEVER) == 0
-    assert guide.gain_auroc(0 * rewards, [20, 10], NEVER) == 0.5  # equal gains count half
-    assert np.isnan(guide.gain_auroc(rewards, [20, 20], NEVER))
+    assert guide.gain_auroc(rewards, [21, 11], NEVER) == 1
+    assert guide.gain_auroc(-rewards, [21, 11], NEVER) == 0
+    assert guide.gain_auroc(0 * rewards, [21, 11], NEVER) == 0.5  # equal gains count half
+    assert np.isnan(guide.gain_auroc(rewards, [20, 11], NEVER))  # step 20 is random: neither
+    assert np.isnan(guide.gain_auroc(rewards, [21, 12], NEVER))  # step 11 is an expert's: neither
+    assert np.isnan(guide.gain_auroc(rewards, [21, 21], NEVER))  # nothing to compare
+
+def test_few_pairs_are_none():
+    """Seven experts against seven random windows are 49 pairs."""
+    rewards = np.array([[0, 1, 3], [0, 1, 2]]).repeat(8, axis=0)
+    assert guide.gain_auroc(rewards, [21] * 8 + [11] * 8, [999] * 16) == 1
+    rewards = rewards[1:-1]
+    assert np.isnan(guide.gain_auroc(rewards, [21] * 7 + [11] * 7, [999] * 14))
 
 def test_a_clock_has_no_gain():
     """Whenever episodes go wrong."""
@@ -31,12 +45,12 @@ def test_a_clock_has_no_gain():
     clock = np.arange(12) * np.ones((30, 1))
     assert guide.gain_auroc(clock, rng.integers(20, 80, 30), [999] * 30) == 0.5
 
-def test_what_comes_after_success_does_not_count():
-    """Episode 0 succeeds at step 15, in the middle of the only window to compare."""
+def test_what_ends_after_success_does_not_count(any_pairs):
+    """Of the window of the steps 11 to 20, the only one to compare."""
     rewards = np.array([[0, 1, 3, 3], [0, 5, 6, 9]])
-    assert guide.gain_auroc(rewards, [20, 10], [20, 999]) == 1
-    assert np.isnan(guide.gain_auroc(rewards, [20, 10], [15, 999]))
-    assert np.isnan(guide.gain_auroc(rewards, [20, 10], [999, 15]))
+    assert guide.gain_auroc(rewards, [21, 11], [20, 999]) == 1
+    assert np.isnan(guide.gain_auroc(rewards, [21, 11], [19, 999]))
+    assert np.isnan(guide.gain_auroc(rewards, [21, 11], [999, 19]))
 
 def test_the_search_finds_what_is_liked(monkeypatch):
     """A plan whose first action is near a target, if that is what is liked; and the best of all
@@ -58,6 +72,14 @@ def test_the_search_finds_what_is_liked(monkeypatch):
     assert rate([plan]) == rate(tried).max()
     assert len(tried) == planning.PLANS * planning.ROUNDS
     assert np.abs(tried).max() == 1
+
+def test_the_search_stays_where_all_are_alike(monkeypatch):
+    """Plans are as far spread in the last round as in the first one."""
+    tried = []
+    monkeypatch.setattr(planning, "carry_out", lambda env, state, plan: tried.append(plan))
+    planning.search(None, None, lambda plans: np.zeros(len(plans)), np.random.default_rng(0))
+    spreads = [np.std(tried[:planning.PLANS]), np.std(tried[-planning.PLANS:])]
+    assert spreads == pytest.approx([0.62, 0.62], abs=0.05)  # .7, without what is over 1
 
 def test_what_rows_think(monkeypatch):
     """Success, the simulator's reward, a model's, and success with the model as a potential."""
@@ -82,39 +104,55 @@ def test_what_rows_think(monkeypatch):
     assert rate(guide.SHAPED) == [last - 7, 1 - last - 7]
 
 @pytest.fixture
-def small(monkeypatch):
-    """A search of four plans, and two episodes that go wrong: for processes of their own, too."""
+def small(monkeypatch, any_pairs):
+    """A search of four plans, and four episodes that go wrong."""
     monkeypatch.setattr(planning, "ROUNDS", 2)
     monkeypatch.setattr(planning, "PLANS", 2)
     monkeypatch.setattr(planning, "ELITE", 1)
-    monkeypatch.setattr(guide, "EPISODES", 3)
+    monkeypatch.setattr(guide, "EPISODES", 4)
 
+@pytest.mark.rendering
 def test_a_state_is_put_back(rendering):
-    """The same plan from it has the same outcome, whatever has been done since."""
-    scene = planning.open_scene("drawer-close-v3", np.random.default_rng(0))
+    """A plan from it has the outcome that the same actions have after a reset, whatever has been
+    done since. Its picture is of where things are: reset() moves the window."""
+    scene = planning.open_scene("window-close-v3", np.random.default_rng(0))
     env = scene["env"]
     plan = np.random.default_rng(0).uniform(-1, 1, (planning.KNOTS, 4))
-    first = planning.carry_out(env, scene["state"], plan)
-    pictures = planning.look(scene["renderer"], env, first["poses"][::20])
-    planning.carry_out(env, scene["state"], -plan)
-    again = planning.carry_out(env, scene["state"], plan)
-    assert again["rewards"] == first["rewards"] and len(np.unique(first["rewards"])) > 1
-    assert (planning.look(scene["renderer"], env, again["poses"][::20]) == pictures).all()
+    rewards = [env.step(action)[1] for action in plan.repeat(planning.HOLD, axis=0)]
+    for _ in range(2):
+        outcome = planning.carry_out(env, scene["state"], plan)
+        assert outcome["rewards"] == pytest.approx(rewards, abs=1e-6)
+        assert len(np.unique(rewards)) > 1
+        planning.carry_out(env, scene["state"], -plan)
+    moved = planning.carry_out(env, scene["state"], np.zeros((1, 4)))["poses"][0]
+    [picture] = planning.look(scene["renderer"], env, [moved])
+    assert np.abs(picture.astype(int) - scene["picture"]).mean() < 1  # a step later: the same
     assert scene["rewards"][:, 1].min() > scene["rewards"][:, 0].max()  # experts get it done
     scene["renderer"].close()
 
-def test_a_task_is_guided(rendering, small, tiny):
-    """Every row has a plan and a gain, in one process."""
-    models = {"triplet": (tiny, vlmrm.cosine_reward), "zeroshot": (tiny, vlmrm.cosine_reward)}
-    rng = np.random.default_rng(0)
-    plans = guide.make_plans("drawer-close-v3", "close the drawer", models, rng)
-    assert set(plans) == {"random", "triplet", "zeroshot", "simulator", "success", guide.SHAPED}
+@pytest.mark.rendering
+def test_a_task_is_guided(rendering, small, two_runs, monkeypatch):
+    """Every row has a plan and a gain, under the sentence of the task."""
+    asked = set()
+    original = vlmrm.RewardModel.embed_texts
+
+    def embed_texts(model, sentences):
+        asked.update(sentences)
+        return original(model, sentences)
+
+    monkeypatch.setattr(vlmrm.RewardModel, "embed_texts", embed_texts)
+    job = {"task": "drawer-close-v3", "name": "x", "runs": two_runs, "device": "cpu"}
+    plans = guide.play(dict(job, kind="plans"))
+    controls = {"random", "distance-from-start", "simulator", "success", guide.SHAPED}
+    assert set(plans) == {"triplet", "zeroshot", *controls}
     assert plans["triplet"] == plans["zeroshot"]  # one model, one seed
     for row in plans.values():
         assert np.shape(row["plan"]) == (planning.KNOTS, 4) and isinstance(row["done"], bool)
-    gains = guide.measure_gain("drawer-close-v3", "close the drawer", models, rng)
-    assert set(gains) == {"simulator", "triplet", "zeroshot"}
-    assert gains["triplet"] == gains["zeroshot"]
+    gains = guide.play(dict(job, kind="gain"))
+    assert set(gains) == {"triplet", "zeroshot", "distance-from-start", "simulator"}
+    assert gains["triplet"] == gains["zeroshot"] != gains["distance-from-start"]
+    [sentence] = asked
+    assert "drawer" in sentence and guide.play(dict(job, kind="gain")) == gains
 
 @pytest.fixture
 def two_runs(finished, tmp_path):
@@ -166,4 +204,4 @@ def test_it_goes_on(two_runs, tmp_path, played, capsys):
     refused("triplet and zeroshot", "reach-v3", folders=two_runs[:1])
     weights = two_runs[1] / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    refused("of other models", "reach-v3")
+    refused("with other models", "reach-v3")
