@@ -498,3 +498,19 @@ if importlib.util.find_spec("stable_baselines3"):  # not among the requirements
         check_env(env)
         agent = stable_baselines3.PPO("MlpPolicy", env, n_steps=8, batch_size=8)
         agent.learn(16)
+
+@pytest.mark.rendering
+def test_shaping_begins_with_a_picture_of_the_start(rendering, tiny):
+    """reset() of this task moves the window: after a step that does nothing it is still there."""
+    simulator, _, renderer = vlmrm.open_task("window-close-v3", 64)
+    pictures = []
+
+    def render():
+        pictures.append(vlmrm.draw(renderer, simulator.data, {}).astype(int))
+        return pictures[-1].astype(np.uint8)
+
+    env = environment.wrap_environment(simulator, tiny, "go", render=render, shaping=True)
+    env.reset()
+    env.step(np.zeros(4, np.float32))
+    assert np.abs(pictures[1] - pictures[0]).mean() < 1
+    renderer.close()

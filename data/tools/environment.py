@@ -15,6 +15,12 @@ import vlmrm
 import gymnasium
 import numpy as np
 
+def pose(simulator) -> None:
+    """Meta-World's reset() moves things, and leaves the poses that are drawn where they were."""
+    if type(getattr(simulator, "data", None)).__name__ == "MjData":
+        import mujoco
+        mujoco.mj_forward(simulator.model, simulator.data)
+
 def wrap_environment(env, model, instruction: str, render=None, shaping: bool = False,
                      gamma: float = 0.99) -> gymnasium.Wrapper:
     """The environment with the model's reward, of the picture after the step, in place of its own.
@@ -42,6 +48,7 @@ def wrap_environment(env, model, instruction: str, render=None, shaping: bool = 
         def reset(self, **kwargs):
             observation, info = self.env.reset(**kwargs)
             if shaping:
+                pose(self.env.unwrapped)
                 self.before = look()
             return observation, info
 
