@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import vlmrm
-from tables import COLUMNS, CONTROLS, in_order, interval, load, trial_scores
+from tables import COLUMNS, CONTROLS, guide_scores, in_order, interval, load, trial_scores
 from trial import RESULTS
 
 BLUE = "#30638e"
@@ -26,7 +26,8 @@ CONTRASTS = ("r3m", "liv", "tcn-text", "vip-text", "decisionnce-t", "triplet + d
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG. It says which results it was made of."""
     png = io.BytesIO()
-    made_of = vlmrm.digest(RESULTS / "choices.json", RESULTS / "trial.json")
+    results = [RESULTS / name for name in ("choices.json", "trial.json", "guide.json")]
+    made_of = vlmrm.digest(*results)
     figure.savefig(png, dpi=110, metadata={"Source": made_of})
     vlmrm.write_whole(path, png.getvalue())
 
@@ -83,12 +84,36 @@ def draw_kept(scores: dict, path: Path) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=9)
     save(figure, path)
 
+def draw_guide(scores: dict, path: Path) -> None:
+    """The success of plans against the gain, of every reward that was searched by."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axis = figure.subplots()
+    rows = [row for row in scores if scores[row]["gain"]]
+    for k, row in enumerate(rows):
+        gains = np.array(list(scores[row]["gain"].values()))
+        done = np.array(list(scores[row]["done"].values()))
+        colour = matplotlib.colormaps["tab10"](k)
+        place = (gains.mean(), done.mean())
+        axis.plot(interval(gains), [place[1]] * 2, color=colour, lw=1, alpha=0.5)
+        axis.plot([place[0]] * 2, interval(done), color=colour, lw=1, alpha=0.5)
+        axis.plot(*place, "o", color=colour, ms=10, label=row, markeredgecolor="black")
+    chance = np.mean(list(scores["random"]["done"].values()))
+    axis.axhline(chance, color="0.6", ls=":", label="a random plan")
+    axis.axvline(0.5, color="0.6", ls="--", label="a clock's gain")
+    axis.set(xlabel="gain: does the reward rise more when the expert acts? "
+                    f"(AUROC, {len(gains)} tasks)",
+             ylabel=f"plans that get the task done ({len(done)} tasks)",
+             title="Lines: 95 % intervals over tasks")
+    figure.legend(loc="outside right center", fontsize=9)
+    save(figure, path)
+
 def work(args) -> None:
     """Draw all of them."""
     choices, runs = load(RESULTS)
     scores = trial_scores(runs, choices)
     draw_comparison(scores, RESULTS / "comparison.png")
     draw_kept(scores, RESULTS / "kept.png")
+    draw_guide(guide_scores(vlmrm.read_json(RESULTS / "guide.json")), RESULTS / "guide.png")
 
 if __name__ == "__main__":
     sys.exit(common.main(common.Parser("pictures", description=__doc__), work))

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.stats
 
 import vlmrm
+from guide import METRICS, SHAPED, STARTS, TASKS
 from trial import (
     ARMS, CANDIDATES, CONTROLS, RESULTS, SEEDS, best_setting, ours, reads, score, settings_of,
     tried_settings)
@@ -168,9 +169,12 @@ def in_order(scores: dict) -> list[str]:
     return sorted(set(scores) - {"ours"}, key=place)
 
 def short_table(scores: dict, chosen: set[str]) -> str:
-    """Every arm, in three columns."""
+    """The arms, but for candidates of three terms, in three columns."""
     titles = list(COLUMNS)[:3]
-    rows = [[label(arm, chosen), *cells(scores[arm], titles)] for arm in in_order(scores)]
+    rows = []
+    for arm in in_order(scores):
+        if CANDIDATES.get(arm, 0) < 3:
+            rows.append([label(arm, chosen), *cells(scores[arm], titles)])
     return table(["objective (tasks)", *with_counts(scores, titles)], rows)
 
 def with_counts(scores: dict, titles) -> list[str]:
@@ -279,7 +283,118 @@ def benchmark_table(measured: dict) -> str:
         rows.append(row)
     return table(["frames/s", "ours", "limit (ours / it)"], rows)
 
-# 4. The pages -------------------------------------------------------------------------------------
+# 4. Does a reward guide? --------------------------------------------------------------------------
+
+def guide_scores(guide: dict) -> dict[str, dict]:
+    """{row: {"gain": {task: AUROC}, "done": {task: share of its starts}, "said": [of each plan],
+    "liked": [the same]}} of guide.json. Of a task with few pairs there is no gain. Raises
+    InputError unless all is there."""
+    if len(guide["gain"]) < 50 or len(guide["plans"]) < STARTS * len(TASKS):
+        raise vlmrm.InputError("guide.json is not whole: give the command of guide.py again")
+    scores = {}
+    for task, gains in guide["gain"].items():
+        for row, value in gains.items():
+            found = scores.setdefault(row, {"gain": {}, "done": {}, "said": [], "liked": []})
+            if not np.isnan(value):
+                found["gain"][task] = value
+    for name, plans in guide["plans"].items():
+        task = name.split(",")[0]
+        for row, plan in plans.items():
+            found = scores.setdefault(row, {"gain": {}, "done": {}, "said": [], "liked": []})
+            found["done"].setdefault(task, []).append(plan["done"])
+            for what in ("said", "liked"):
+                if what in plan:
+                    found[what].append(plan[what])
+    for found in scores.values():
+        found["done"] = {task: float(np.mean(starts)) for task, starts in found["done"].items()}
+    return scores
+
+def of_unseen(by_task: dict) -> dict:
+    """The unseen tasks' part."""
+    return {task: value for task, value in by_task.items() if vlmrm.group_of(task) == "unseen"}
+
+def guide_table(scores: dict) -> str:
+    """What each reward gains, and what comes of the plans that it likes best."""
+    def mean(values):
+        return f"{np.mean(list(values)):.2f}" if len(values) else ""
+
+    rows = []
+    for row in sorted(scores, key=lambda row: -np.mean(list(scores[row]["done"].values()))):
+        found = scores[row]
+        cells = [f"`{row}`", "", "", mean(found["done"].values()),
+                 mean(of_unseen(found["done"]).values()), f"{np.median(found['said']):.2f}", ""]
+        if found["gain"]:
+            values = np.array(list(found["gain"].values()))
+            low, high = interval(values)
+            cells[1] = f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
+            cells[2] = mean(of_unseen(found["gain"]).values())
+        if found["liked"]:
+            cells[6] = f"{np.median(found['liked']):.2f}"
+        rows.append(cells)
+    gains = scores["triplet"]["gain"]
+    done = scores["triplet"]["done"]
+    return table(["plans by", f"gain ({len(gains)})", f"gain, unseen ({len(of_unseen(gains))})",
+                  f"plans that get it done ({len(done)})", f"unseen ({len(of_unseen(done))})",
+                  "the simulator's reward says", "the row's own says"], rows)
+
+def guide_answers(scores: dict) -> dict[str, np.ndarray]:
+    """The planned comparisons: {question: differences over tasks}."""
+    def difference(one, other, what, part):
+        return differences(part(scores[one][what]), part(scores[other][what]))
+
+    gains = scores["triplet"]["gain"]
+    found = {"gain of `triplet` minus .5": np.array(list(gains.values())) - 0.5}
+    found["the same, unseen"] = np.array(list(of_unseen(gains).values())) - 0.5
+    title = "gain of `triplet` minus `zeroshot`"
+    found[title] = difference("triplet", "zeroshot", "gain", dict)
+    found[title + ", unseen"] = difference("triplet", "zeroshot", "gain", of_unseen)
+    title = "plans that get it done, `{}` minus `{}`"
+    found[title.format("triplet", "zeroshot")] = difference("triplet", "zeroshot", "done", dict)
+    found[title.format(SHAPED, "success")] = difference(SHAPED, "success", "done", dict)
+    return found
+
+def answers_table(found: dict[str, np.ndarray]) -> str:
+    """Mean, interval, wins and p of each."""
+    rows = []
+    for question, values in found.items():
+        row = [question, str(len(values)), f"{values.mean():+.3f}", brackets(values, 0.95, 3)]
+        row.append(f"{(values > 0).sum()}, {(values < 0).sum()}")
+        row.append(f"{sign_flips(values):.3f}".replace("0.000", "< 0.001"))
+        rows.append(row)
+    return table(["question", "tasks", "mean", "95 % interval", "tasks with more, with less", "p"],
+                 rows)
+
+def what_predicts(guide: dict, scores: dict) -> str:
+    """Does a metric of models go with the success of their plans, all on unseen tasks? Spearman's
+    correlation over the models, and its interval: 1,000 times as many models are drawn again, with
+    replacement."""
+    def mean(model, what):
+        return np.mean(list(of_unseen(scores[model][what]).values()))
+
+    models = sorted(guide["metrics"])
+    done = np.array([mean(model, "done") for model in models])
+    columns = {metric: [guide["metrics"][model][metric] for model in models] for metric in METRICS}
+    columns["gain"] = [mean(model, "gain") for model in models]
+    rows = []
+    for metric, values in columns.items():
+        values = np.array(values)
+        drawn = []
+        for places in np.random.default_rng(0).integers(0, len(models), (1000, len(models))):
+            if np.ptp(values[places]) and np.ptp(done[places]):
+                drawn.append(scipy.stats.spearmanr(values[places], done[places]).statistic)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        correlation = scipy.stats.spearmanr(values, done).statistic
+        name = vlmrm.METRICS.get(metric, ("gain (AUROC)",))[0]
+        rows.append([name, f"{correlation:+.2f}", f"[{low:+.2f}, {high:+.2f}]"])
+    return table([f"over {len(models)} models", "correlation", "95 % interval"], rows)
+
+def guide_tables(guide: dict) -> dict[str, str]:
+    """All that the pages show of guide.json."""
+    scores = guide_scores(guide)
+    return {"guide": guide_table(scores), "answers": answers_table(guide_answers(scores)),
+            "predicts": what_predicts(guide, scores)}
+
+# 5. The pages -------------------------------------------------------------------------------------
 
 def tables(root: Path) -> dict[str, str]:
     """All tables, by the names of the marks they stand between."""
@@ -298,7 +413,8 @@ def tables(root: Path) -> dict[str, str]:
         "trial": trial_table(scores, choices, chosen, folds),
         "settings": settings_table(choices, arms_of(runs), folds),
         "default": (root / "default.md").read_text(encoding="utf-8"),
-        "benchmark": benchmark_table(vlmrm.read_json(root / "benchmark.json"))}
+        "benchmark": benchmark_table(vlmrm.read_json(root / "benchmark.json")),
+        **guide_tables(vlmrm.read_json(root / "guide.json"))}
 
 def fill(page: str, made: dict[str, str]) -> str:
     """A page with the tables between <!-- name --> and <!-- end of name --> made anew."""

@@ -8,8 +8,10 @@ import vlmrm  # before torch: see there
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
+import film
 import guide
 import planning
 from conftest import one_line
@@ -205,3 +207,34 @@ def test_it_goes_on(two_runs, tmp_path, played, capsys):
     weights = two_runs[1] / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     refused("with other models", "reach-v3")
+
+@pytest.mark.rendering
+def test_a_plan_is_filmed(rendering, finished, tmp_path, monkeypatch, capsys):
+    """Of plans that get nothing done the one that is liked most beyond what the simulator says. A
+    model that did not make it, and plans that get it done, are refused."""
+    monkeypatch.setattr(film, "EVERY", 40)  # two pictures, and the last one once more
+    nothing = np.zeros((planning.KNOTS, 4)).tolist()
+    best = {"plan": nothing, "done": False, "said": 0.5, "liked": 1.5}
+    plans = {"door-open-v3, start 0": {"triplet": best},
+             "door-open-v3, start 1": {"triplet": dict(best, said=0.6)},
+             "door-open-v3, start 2": {"triplet": dict(best, liked=9.0, done=True)},
+             "door-open-v3, start 3": {"triplet": {"plan": nothing, "done": False, "said": -9.0}}}
+    results = {"plans": plans, "models": {"triplet": vlmrm.digest(finished / "model.safetensors")}}
+    path = tmp_path / "guide.json"
+    out = tmp_path / "film.gif"
+
+    def filmed():
+        path.write_text(json.dumps(results))
+        arguments = [finished, "--guide", path, "--out", out]
+        return common.main(film.parser(), film.work, [str(value) for value in arguments])
+
+    assert filmed() == 0 and "door-open-v3, start 0, triplet" in capsys.readouterr().out
+    with Image.open(out) as saved:
+        assert saved.n_frames >= 2
+    for plan in plans.values():
+        plan["triplet"]["done"] = True
+    assert filmed() == 2
+    one_line(capsys, "every plan of triplet gets something done", "film")
+    results["models"]["triplet"] = "of another"
+    assert filmed() == 2
+    one_line(capsys, "was made with another triplet", "film")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import common
+import guide
 import pictures
 import scenes
 import tables
@@ -102,7 +103,7 @@ def test_the_saved_trial_is_whole():
                 tried = choices[f"{arm}, fold {fold}, setting {k}"]
                 assert set(tried) in ({*trial.judges(fold)}, set())  # none: it diverged
 
-@pytest.mark.parametrize("name", ["triplet", "r3m"])
+@pytest.mark.parametrize("name", ["triplet", "r3m", "liv"])
 def test_the_constants_of_the_file_are_what_the_judges_chose(name):
     """The best of the four settings with adapters, in the first fold."""
     choices, _ = tables.load(trial.RESULTS)
@@ -114,10 +115,10 @@ def test_the_constants_of_the_file_are_what_the_judges_chose(name):
 
 def test_pictures_are_drawn_of_the_saved_results(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "RESULTS", tmp_path)
-    for name in ("choices.json", "trial.json"):
+    for name in ("choices.json", "trial.json", "guide.json"):
         (tmp_path / name).symlink_to(trial.RESULTS / name)
     pictures.work(None)
-    for name in ("comparison.png", "kept.png"):
+    for name in ("comparison.png", "kept.png", "guide.png"):
         with Image.open(tmp_path / name) as new, Image.open(trial.RESULTS / name) as shipped:
             assert new.text["Source"] == shipped.text["Source"]  # of the same results
             assert new.size == shipped.size
@@ -197,6 +198,48 @@ def test_tables_by_hand(two_ours):
     result = tables.result_sentence(scores, found, [0, 2])
     assert "On 4 unseen tasks, 2 of 5 folds" in result and "ours" not in result
     assert "`triplet` minus `r3m`: VOC +0.30 [+0.30, +0.30], more (p = 0.125); ranking" in result
+
+GUIDE = {
+    "metrics": {name: {metric: place / 4 for metric in guide.METRICS}
+                for place, name in enumerate(("zeroshot", "r3m", "triplet"))},
+    "gain": {"reach-v3": {"triplet": 0.75, "zeroshot": 0.5, "r3m": 0.75, "simulator": 1.0},
+             "door-open-v3": {"triplet": 0.5, "zeroshot": 0.75, "r3m": 1.0, "simulator": 1.0},
+             "drawer-open-v3": {"triplet": 0.5, "zeroshot": 0.5, "r3m": 0.5, "simulator": 1.0},
+             "push-v3": dict.fromkeys(("triplet", "zeroshot", "r3m", "simulator"), math.nan)},
+    "plans": {}}
+for name, done in (("reach-v3, start 0", True), ("reach-v3, start 1", False),
+                   ("door-open-v3, start 0", True)):
+    GUIDE["plans"][name] = {
+        "triplet": {"done": True, "said": 1.0, "liked": 1.5},
+        "r3m": {"done": done, "said": 0.5 + done, "liked": 2.0},
+        "zeroshot": {"done": False, "said": -0.004},
+        "simulator": {"done": True, "said": 1.0},
+        "success": {"done": done, "said": 0.5},
+        guide.SHAPED: {"done": True, "said": 0.5}}
+
+def test_tables_of_the_guide_by_hand(monkeypatch):
+    """Tasks count alike, not plans: r3m gets one of two starts of reach done, and door-open."""
+    with pytest.raises(vlmrm.InputError, match="not whole"):
+        tables.guide_scores(GUIDE)
+    monkeypatch.setattr(tables, "TASKS", ("reach-v3",))
+    whole = dict(GUIDE, gain=GUIDE["gain"] | {str(k): GUIDE["gain"]["push-v3"] for k in range(46)})
+    scores = tables.guide_scores(whole)
+    lines = tables.guide_table(scores).splitlines()
+    assert "gain (3) | gain, unseen (2) | plans that get it done (2) | unseen (1)" in lines[0]
+    assert lines[2].endswith("0.50 | 1.00 | 1.00 | 1.00 | 1.50 |")  # triplet
+    assert [line for line in lines if line.startswith("| `r3m`")][0].endswith(
+        "0.75 | 0.75 | 1.00 | 1.50 | 2.00 |")
+    assert lines[-1].startswith("| `zeroshot` | 0.58 [")
+    assert lines[-1].endswith("0.62 | 0.00 | 0.00 | 0.00 |  |")  # it likes no plan
+    answers = tables.guide_answers(scores)
+    assert [values.tolist() for values in answers.values()] == [
+        [0.25, 0.0, 0.0], [0.0, 0.0], [-0.25, 0.0, 0.25], [-0.25, 0.0], [1.0, 1.0], [0.0, 0.5]]
+    row = tables.answers_table(answers).splitlines()[-1]
+    assert "done, `success + triplet` minus `success` | 2 | +0.25" in row
+    assert "| 1, 0 |" in row
+    predicts = tables.what_predicts(GUIDE, scores).splitlines()
+    assert "over 3 models" in predicts[0] and len(predicts) == 2 + len(guide.METRICS) + 1
+    assert "| +0.87 |" in predicts[2]  # ranks 1 2 3 and, of door-open alone, 1 2.5 2.5
 
 def test_squares_are_losses_that_mix_sentences():
     """As a gradient finds out."""

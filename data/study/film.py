@@ -1,0 +1,109 @@
+"""A film of the plan that a model likes best though it gets nothing done: reward hacking to watch.
+
+    python data/study/film.py runs/triplet-seed0      writes data/results/exploited.gif
+
+It replays a plan of guide.json, made by this model, and so shows what the search has found. Under
+the pictures are two rewards as shares of what experts rise with: the model's and the simulator's.
+"""
+import io
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import common  # finds vlmrm
+
+import mujoco
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+import vlmrm
+from guide import load_models, random_numbers, rewards_of, rise
+from planning import carry_out, look, open_scene
+from trial import RESULTS
+
+EVERY = 2  # steps there is a picture
+
+def most_exploited(plans: dict, row: str) -> str:
+    """The name of the start whose plan the row likes best, beyond what the simulator says, among
+    those that get nothing done. Raises InputError if there is none."""
+    gaps = {}
+    for name, found in plans.items():
+        plan = found[row]
+        if not plan["done"] and "liked" in plan:
+            gaps[name] = plan["liked"] - plan["said"]
+    if not gaps:
+        raise vlmrm.InputError(f"every plan of {row} gets something done")
+    return max(gaps, key=gaps.get)
+
+def draw_frame(picture: np.ndarray, curves: dict, now: int, title: str) -> Image.Image:
+    """A picture over the curves up to now, PIL's. curves: {label: (colour, values)}."""
+    figure = Figure(figsize=(4.8, 6.4), dpi=75, layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(2, 1))
+    above.imshow(picture)
+    above.set_axis_off()
+    above.set_title(title, fontsize=11)
+    for label, (colour, values) in curves.items():
+        steps = 1 + EVERY * np.arange(now + 1)
+        below.plot(steps, values[:now + 1], color=colour, label=label)
+    most = max(max(values) for _, values in curves.values())
+    least = min(min(values) for _, values in curves.values())
+    below.axhline(1, color="0.8", ls=":", zorder=0)
+    below.set(xlim=(0, EVERY * (len(values) - 1)), ylim=(least - 0.1, max(most, 1) + 0.1),
+              xlabel="step", ylabel="1: as when an expert is done")
+    below.legend(loc="upper left", fontsize=9)
+    png = io.BytesIO()
+    figure.savefig(png)
+    return Image.open(png).convert("P", palette=Image.Palette.ADAPTIVE, colors=128)
+
+def work(args) -> None:
+    """Write the film."""
+    warnings.simplefilter("ignore")  # Meta-World's
+    guide = vlmrm.read_json(args.guide)
+    plans = guide["plans"]
+    models = load_models([args.run], "cpu")
+    row = next(iter(models))
+    if guide["models"].get(row) != vlmrm.digest(args.run / "model.safetensors"):
+        raise vlmrm.InputError(f"{args.guide} was made with another {row}")
+    name = most_exploited(plans, row)
+    task = name.split(",")[0]
+    instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
+    sentence = instructions[task]["instruction"]
+    scene = open_scene(task, random_numbers(name))
+    outcome = carry_out(scene["env"], scene["state"], plans[name][row]["plan"])
+    if any(outcome["success"]):
+        raise vlmrm.InputError(f"{name}: replayed on this machine, the plan gets it done")
+    poses = outcome["poses"][::EVERY]
+
+    small = look(scene["renderer"], scene["env"], poses)  # as the model sees it
+    scene["renderer"].close()
+    predicted = rewards_of(models[row], [[scene["picture"], *small]], sentence)[0]
+    expected = rise(rewards_of(models[row], scene["experts"], sentence))
+    true_rewards = np.array(outcome["rewards"][::EVERY]) - scene["rewards"][:, 0].mean()
+    risen = (predicted[1:] - predicted[0]) / expected
+    curves = {f"reward of the model ({row})": ("#c8384e", risen),
+              "reward of the simulator": ("#30638e", true_rewards / rise(scene["rewards"]))}
+
+    scene["env"].model.vis.global_.offwidth = 384
+    scene["env"].model.vis.global_.offheight = 384
+    large = look(mujoco.Renderer(scene["env"].model, 384, 384), scene["env"], poses)
+    title = f"The robot should {sentence}.\nThe plan that the model likes best does not do it."
+    frames = [draw_frame(picture, curves, k, title) for k, picture in enumerate(large)]
+    frames += frames[-1:] * 15  # the end stays for a while
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
+    vlmrm.write_whole(args.out, file.getvalue())
+    print(f"{name}, {row}: see {args.out} ({len(file.getvalue()) / 1e6:.1f} MB)")
+
+def parser() -> common.Parser:
+    """The options."""
+    options = common.Parser("film", description=__doc__)
+    add = options.add_argument
+    add("run", type=Path, help="the folder of the run whose plan it is")
+    add("--guide", type=Path, default=RESULTS / "guide.json", help="(data/results/guide.json)")
+    add("--out", type=Path, default=RESULTS / "exploited.gif", help="(data/results/exploited.gif)")
+    return options
+
+if __name__ == "__main__":
+    sys.exit(common.main(parser(), work))
