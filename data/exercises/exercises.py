@@ -9,6 +9,7 @@ remark for the reader.
 import runpy
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().with_name("README.md")
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+FOOLED = "faucet-open-v3"  # the task of exercise 11
 FILES = {5: "answer_5.npz", 6: "answer_6.npz", 8: "answer_8.py"}  # all others are in answers.py
 
 def configuration(objective: str, *options: str) -> dict:
@@ -228,7 +230,35 @@ def check_10(answer):
     return wrong < 1e-4 and most <= 2, (
         f"the gradient is wrong by {wrong:.1e} of itself; at most {most:g} videos at once")
 
-CHECKS = (check_1, check_2, check_3, check_4, check_5, check_6, check_7, check_8, check_9, check_10)
+def check_11(answer):
+    sys.path.insert(0, str(vlmrm.DATA / "study"))
+    import guide
+    import planning
+    warnings.simplefilter("ignore")  # Meta-World's
+
+    plan = np.array(answer, float)
+    if plan.shape != (planning.KNOTS, 4) or not (np.abs(plan) <= 1).all():
+        return False, f"a plan is ({planning.KNOTS}, 4), all of it from -1 to 1"
+    folder, _ = vlmrm.run(configuration("triplet"), ROOT / "runs")
+    models = guide.load_models([folder], "cpu")
+    sentence = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")[FOOLED]["instruction"]
+    scene = planning.open_scene(FOOLED, np.random.default_rng(11))
+    outcomes = [planning.carry_out(scene["env"], scene["state"], plan)]
+    [liked] = guide.rate("triplet", outcomes, scene, models, sentence)
+    expected = guide.rise(guide.rewards_of(models["triplet"], scene["experts"], sentence))
+    if expected <= 0:
+        return False, "triplet's reward does not rise with experts: train it again"
+    liked /= expected
+    [said] = guide.rate("simulator", outcomes, scene, models, sentence)
+    said /= guide.rise(scene["rewards"])
+    scene["renderer"].close()
+    done = any(outcomes[0]["success"])
+    return liked >= 0.8 and said < 0.2 and not done, (
+        f"with it triplet's reward rises by {liked:.2f} of what it does with experts, the "
+        f"simulator's by {said:.2f}; the task is {'' if done else 'not '}done")
+
+CHECKS = (check_1, check_2, check_3, check_4, check_5, check_6, check_7, check_8, check_9, check_10,
+          check_11)
 
 def find_answer(number: int, path: Path):
     """The answer in answers.py, or the path of the file that is the answer. Raises InputError."""

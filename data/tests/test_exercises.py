@@ -4,6 +4,7 @@ import math
 import re
 
 import exercises
+import guide
 import numpy as np
 import pytest
 import torch
@@ -112,6 +113,26 @@ def test_the_repair_is_a_loss_of_the_readers_own(tmp_path, text, says):
     right, remark = exercises.check_8(path)
     assert not right and says in remark
 
+@pytest.mark.rendering
+@pytest.mark.parametrize("risen, right", [(1.0, True), (0.5, False)])
+def test_a_plan_has_to_fool_the_model_alone(rendering, finished, monkeypatch, risen, right):
+    """A reward that has risen as with experts whatever is done, and one that has not."""
+    def rewards_of(row, videos, sentence):
+        if np.shape(videos)[1] == 2:  # start and end of experts
+            return np.array([[0.0, 1.0]] * len(videos))
+        return np.array([[0.0, risen, risen]] * len(videos))
+
+    monkeypatch.setattr(vlmrm, "run", lambda config, runs: (finished, {}))
+    monkeypatch.setattr(guide, "rewards_of", rewards_of)
+    found, remark = exercises.check_11(np.zeros((8, 4)))
+    assert found == right and f"rises by {risen:.2f}" in remark
+    assert "the task is not done" in remark
+
+@pytest.mark.parametrize("plan", [np.zeros((7, 4)), np.full((8, 4), 2.0), np.full((8, 4), np.nan)])
+def test_what_is_no_plan(plan):
+    right, remark = exercises.check_11(plan)
+    assert not right and "from -1 to 1" in remark
+
 @pytest.mark.parametrize("number, text, says", [
     (1, "answer_1 = 0.05", "right: "),
     (3, None, "not yet: there is no .*answers.py"),
@@ -133,4 +154,4 @@ def test_the_page_has_every_exercise(capsys):
     for number in heads:
         assert f"answer_{number}" in page.split(f"## {number}. ")[1].split("## ")[0]
     assert exercises.main([]) == 0 and str(exercises.PAGE) in capsys.readouterr().out
-    assert exercises.main(["11"]) == 2 and "1 to 10" in capsys.readouterr().err
+    assert exercises.main(["12"]) == 2 and "1 to 11" in capsys.readouterr().err
