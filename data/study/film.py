@@ -1,9 +1,9 @@
-"""A film of the plan that a model likes best though it gets nothing done: reward hacking to watch.
+"""A film of a plan that a model likes though it gets nothing done: reward hacking to watch.
 
     python data/study/film.py runs/triplet-seed0      writes data/results/exploited.gif
 
-It replays a plan of guide.json, made by this model, and so shows what the search has found. Under
-the pictures are two rewards as shares of what experts rise with: the model's and the simulator's.
+It replays a plan of guide.json that was found by maximising this model's reward. Under the pictures
+are two rewards, the model's and the simulator's, as shares of how far they rise with experts.
 """
 import io
 import sys
@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import common  # finds vlmrm
 
-import mujoco
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -23,18 +22,19 @@ from guide import load_models, random_numbers, rewards_of, rise
 from planning import carry_out, look, open_scene
 from trial import RESULTS
 
-EVERY = 2  # steps there is a picture
+EVERY = 2  # steps from picture to picture
 
 def most_exploited(plans: dict, row: str) -> str:
-    """The name of the start whose plan the row likes best, beyond what the simulator says, among
-    those that get nothing done. Raises InputError if there is none."""
+    """The name of the start from which the row's plan gets nothing done, though the simulator's
+    reward finds one that does, and the row's share is furthest above the simulator's. Raises
+    InputError if there is none."""
     gaps = {}
     for name, found in plans.items():
         plan = found[row]
-        if not plan["done"] and "liked" in plan:
+        if found["simulator"]["done"] and not plan["done"] and "liked" in plan:
             gaps[name] = plan["liked"] - plan["said"]
     if not gaps:
-        raise vlmrm.InputError(f"every plan of {row} gets something done")
+        raise vlmrm.InputError(f"no plan of {row} fails where the simulator's succeeds")
     return max(gaps, key=gaps.get)
 
 def draw_frame(picture: np.ndarray, curves: dict, now: int, title: str) -> Image.Image:
@@ -50,8 +50,8 @@ def draw_frame(picture: np.ndarray, curves: dict, now: int, title: str) -> Image
     most = max(max(values) for _, values in curves.values())
     least = min(min(values) for _, values in curves.values())
     below.axhline(1, color="0.8", ls=":", zorder=0)
-    below.set(xlim=(0, EVERY * (len(values) - 1)), ylim=(least - 0.1, max(most, 1) + 0.1),
-              xlabel="step", ylabel="1: as when an expert is done")
+    below.set(xlim=(0, EVERY * len(values)), ylim=(least - 0.1, max(most, 1) + 0.1),
+              xlabel="step", ylabel="rise (1: an expert's)")
     below.legend(loc="upper left", fontsize=9)
     png = io.BytesIO()
     figure.savefig(png)
@@ -71,6 +71,7 @@ def work(args) -> None:
     instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
     sentence = instructions[task]["instruction"]
     scene = open_scene(task, random_numbers(name))
+    import mujoco  # not before: open_task() says which GL library it is to take
     outcome = carry_out(scene["env"], scene["state"], plans[name][row]["plan"])
     if any(outcome["success"]):
         raise vlmrm.InputError(f"{name}: replayed on this machine, the plan gets it done")
@@ -87,8 +88,10 @@ def work(args) -> None:
 
     scene["env"].model.vis.global_.offwidth = 384
     scene["env"].model.vis.global_.offheight = 384
-    large = look(mujoco.Renderer(scene["env"].model, 384, 384), scene["env"], poses)
-    title = f"The robot should {sentence}.\nThe plan that the model likes best does not do it."
+    renderer = mujoco.Renderer(scene["env"].model, 384, 384)
+    large = look(renderer, scene["env"], poses)
+    renderer.close()
+    title = f"The task: {sentence}.\nThis plan was found by maximising the model's reward."
     frames = [draw_frame(picture, curves, k, title) for k, picture in enumerate(large)]
     frames += frames[-1:] * 15  # the end stays for a while
     file = io.BytesIO()

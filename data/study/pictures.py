@@ -95,15 +95,16 @@ def draw_guide(scores: dict, path: Path) -> None:
         colour = matplotlib.colormaps["tab10"](k)
         place = (gains.mean(), done.mean())
         axis.plot(interval(gains), [place[1]] * 2, color=colour, lw=1, alpha=0.5)
-        axis.plot([place[0]] * 2, interval(done), color=colour, lw=1, alpha=0.5)
+        axis.plot([place[0]] * 2, np.clip(interval(done), 0, 1), color=colour, lw=1, alpha=0.5)
         axis.plot(*place, "o", color=colour, ms=10, label=row, markeredgecolor="black")
     chance = np.mean(list(scores["random"]["done"].values()))
     axis.axhline(chance, color="0.6", ls=":", label="a random plan")
-    axis.axvline(0.5, color="0.6", ls="--", label="a clock's gain")
-    axis.set(xlabel="gain: does the reward rise more when the expert acts? "
-                    f"(AUROC, {len(gains)} tasks)",
-             ylabel=f"plans that get the task done ({len(done)} tasks)",
-             title="Lines: 95 % intervals over tasks")
+    axis.axvline(0.5, color="0.6", ls="--", label="chance")
+    axis.set(xlabel="how often the reward rises more when an expert acts than when actions are "
+                    f"random ({len(gains)} tasks)",
+             ylabel=f"starts from which a plan succeeds ({len(done)} tasks)",
+             title="Rewards that tell good steps from bad ones, and what comes of maximising them")
+    axis.plot([], [], color="0.6", lw=1, label="95 % interval over tasks")
     figure.legend(loc="outside right center", fontsize=9)
     save(figure, path)
 

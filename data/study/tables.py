@@ -203,9 +203,8 @@ def spread(choices: dict, arm: str, folds: list[int]) -> str:
     tried = []
     for fold in folds:
         tried += [score(tasks) for tasks in tried_settings(choices, arm, fold)]
-    tried.sort()
-    worst, median, best = tried[0], tried[len(tried) // 2], tried[-1]
-    return f"{worst:.2f}, {median:.2f}, {best:.2f}".replace("-inf", "diverged")
+    text = f"{np.min(tried):.2f}, {np.median(tried):.2f}, {np.max(tried):.2f}"
+    return text.replace("-inf", "diverged")
 
 def planned_table(found: dict) -> str:
     """The answers to the planned questions."""
