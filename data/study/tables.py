@@ -5,6 +5,7 @@
 import itertools
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -104,6 +105,10 @@ def over_tasks(values: np.ndarray) -> str:
 def sign_flips(values: np.ndarray) -> float:
     """The p of differences: could their signs be chance?"""
     return vlmrm.paired_p_value(values, np.zeros(len(values)))
+
+def p_cell(values: np.ndarray) -> str:
+    """That p, for a table. It is never 0: there are 10,000 flips at most."""
+    return f"{sign_flips(values):.3f}".replace("0.000", "< 0.001")
 
 def verdict(values: np.ndarray) -> str:
     """What differences say: the rule that was written down before the first run."""
@@ -215,7 +220,7 @@ def planned_table(found: dict) -> str:
         row.append(brackets(values, 0.9, 3))
         row.append(f"{np.median(values):+.3f}")
         row.append(str((values > 0).sum()))
-        row.append(f"{sign_flips(values):.3f}")
+        row.append(p_cell(values))
         row.append(f"{scipy.stats.wilcoxon(values).pvalue:.3f}")
         row.append(verdict(values))
         rows.append(row)
@@ -290,23 +295,22 @@ def guide_scores(guide: dict) -> dict[str, dict]:
     InputError unless all is there."""
     if len(guide["gain"]) < 50 or len(guide["plans"]) < STARTS * len(TASKS):
         raise vlmrm.InputError("guide.json is not whole: give the command of guide.py again")
-    scores = {}
+    scores = defaultdict(lambda: {"gain": {}, "done": {}, "said": [], "liked": []})
     for task, gains in guide["gain"].items():
         for row, value in gains.items():
-            found = scores.setdefault(row, {"gain": {}, "done": {}, "said": [], "liked": []})
             if not np.isnan(value):
-                found["gain"][task] = value
+                scores[row]["gain"][task] = value
     for name, plans in guide["plans"].items():
         task = name.split(",")[0]
         for row, plan in plans.items():
-            found = scores.setdefault(row, {"gain": {}, "done": {}, "said": [], "liked": []})
+            found = scores[row]
             found["done"].setdefault(task, []).append(plan["done"])
             for what in ("said", "liked"):
                 if what in plan:
                     found[what].append(plan[what])
     for found in scores.values():
         found["done"] = {task: float(np.mean(starts)) for task, starts in found["done"].items()}
-    return scores
+    return dict(scores)
 
 def of_unseen(by_task: dict) -> dict:
     """The unseen tasks' part."""
@@ -358,7 +362,7 @@ def answers_table(found: dict[str, np.ndarray]) -> str:
     for question, values in found.items():
         row = [question, str(len(values)), f"{values.mean():+.3f}", brackets(values, 0.95, 3)]
         row.append(f"{(values > 0).sum()}, {(values < 0).sum()}")
-        row.append(f"{sign_flips(values):.3f}".replace("0.000", "< 0.001"))
+        row.append(p_cell(values))
         rows.append(row)
     return table(["question", "tasks", "mean", "95 % interval", "tasks with more, with less", "p"],
                  rows)
