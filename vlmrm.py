@@ -57,7 +57,7 @@ if __name__ == "__main__":
 import matplotlib
 import numpy as np
 import open_clip  # the CLIP architectures and tokenizers
-import scipy.stats
+import scipy  # its parts load when they are first used
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # without pyplot: no window opens by mistake
@@ -176,6 +176,12 @@ def open_task(task: str, size: int):
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     return env, policies[task], renderer
 
+def seed_starts(env, seed: int):
+    """Decide where the episodes to come begin. Meta-World ignores reset(seed=...)."""
+    env.seeded_rand_vec = True
+    env._freeze_rand_vec = False
+    env.seed(seed)
+
 def roll_out(env, policy, rng, steps: int, noise: float = 0.0, random_share: float = 0.0,
              wrong_from: float = math.inf) -> list[tuple]:
     """An episode: of each step (poses, reward, success flag). A share of actions is random, all get
@@ -228,13 +234,11 @@ def collect_task(job: dict) -> list[dict]:
         mixed = len(episodes) >= job["expert"]
         if not mixed and attempts >= 4 * job["expert"]:
             raise InputError(f"{task}: {len(episodes)} of {attempts} tries succeed: lower --expert")
-        # Meta-World ignores reset(seed=...): this is how an episode gets a start of its own. No two
-        # of a task have the same number: experts from 0, mixed from 5,000, of each --seed.
+        # No two episodes of a task have the same number: experts count from 0, mixed ones from
+        # 5,000, of each --seed.
         seed = 10_000 * job["seed"] + 5_000 * mixed + attempts
         attempts += 1
-        env.seeded_rand_vec = True
-        env._freeze_rand_vec = False
-        env.seed(seed)
+        seed_starts(env, seed)
         rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
         if not mixed:
             history = roll_out(env, policy(), rng, 300)

@@ -243,16 +243,13 @@ def check_11(answer):
     models = guide.load_models([folder], "cpu")
     sentence = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")[FOOLED]["instruction"]
     scene = planning.open_scene(FOOLED, np.random.default_rng(11))
-    outcomes = [planning.carry_out(scene["env"], scene["state"], plan)]
-    [liked] = guide.rate("triplet", outcomes, scene, models, sentence)
-    expected = guide.rise(guide.rewards_of(models["triplet"], scene["experts"], sentence))
-    if expected <= 0:
-        return False, "triplet's reward does not rise with experts: train it again"
-    liked /= expected
-    [said] = guide.rate("simulator", outcomes, scene, models, sentence)
-    said /= guide.rise(scene["rewards"])
+    outcome = planning.carry_out(scene["env"], scene["state"], plan)
+    liked = guide.share_of_experts("triplet", outcome, scene, models, sentence)
+    said = guide.share_of_experts("simulator", outcome, scene, models, sentence)
     scene["renderer"].close()
-    done = any(outcomes[0]["success"])
+    if np.isnan(liked):
+        return False, "triplet's reward does not rise with experts: train it again"
+    done = any(outcome["success"])
     return liked >= 0.8 and said < 0.2 and not done, (
         f"with it triplet's reward rises by {liked:.2f} of what it does with experts, the "
         f"simulator's by {said:.2f}; the task is {'' if done else 'not '}done")

@@ -20,7 +20,7 @@ from PIL import Image
 import vlmrm
 from guide import load_models, random_numbers, rewards_of, rise
 from planning import carry_out, look, open_scene
-from trial import RESULTS
+from workers import RESULTS
 
 EVERY = 2  # steps from picture to picture
 
@@ -57,42 +57,50 @@ def draw_frame(picture: np.ndarray, curves: dict, now: int, title: str) -> Image
     figure.savefig(png)
     return Image.open(png).convert("P", palette=Image.Palette.ADAPTIVE, colors=128)
 
+def replay(plan: list, scene: dict, row: tuple, sentence: str) -> tuple:
+    """Carry out a plan: the poses after every second step, and the rises of the model's reward and
+    of the simulator's at these, as shares of experts. row: (model, reward)."""
+    outcome = carry_out(scene["env"], scene["state"], plan)
+    if any(outcome["success"]):
+        raise vlmrm.InputError("replayed on this machine, the plan gets it done")
+    poses = outcome["poses"][::EVERY]
+    small = look(scene["renderer"], scene["env"], poses)  # as the model sees it
+    predicted = rewards_of(row, [[scene["picture"], *small]], sentence)[0]
+    expected = rise(rewards_of(row, scene["experts"], sentence))
+    true_rewards = np.array(outcome["rewards"][::EVERY]) - scene["rewards"][:, 0].mean()
+    return poses, (predicted[1:] - predicted[0]) / expected, true_rewards / rise(scene["rewards"])
+
+def draw_large(env, poses: list) -> np.ndarray:
+    """Pictures of 384 x 384 pixels."""
+    import mujoco  # not before: open_task() says which GL library it is to take
+    env.model.vis.global_.offwidth = 384
+    env.model.vis.global_.offheight = 384
+    renderer = mujoco.Renderer(env.model, 384, 384)
+    pictures = look(renderer, env, poses)
+    renderer.close()
+    return pictures
+
 def work(args) -> None:
     """Write the film."""
     warnings.simplefilter("ignore")  # Meta-World's
     guide = vlmrm.read_json(args.guide)
-    plans = guide["plans"]
     models = load_models([args.run], "cpu")
     row = next(iter(models))
     if guide["models"].get(row) != vlmrm.digest(args.run / "model.safetensors"):
         raise vlmrm.InputError(f"{args.guide} was made with another {row}")
-    name = most_exploited(plans, row)
+    name = most_exploited(guide["plans"], row)
     task = name.split(",")[0]
-    instructions = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
-    sentence = instructions[task]["instruction"]
+    sentence = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")[task]["instruction"]
     scene = open_scene(task, random_numbers(name))
-    import mujoco  # not before: open_task() says which GL library it is to take
-    outcome = carry_out(scene["env"], scene["state"], plans[name][row]["plan"])
-    if any(outcome["success"]):
-        raise vlmrm.InputError(f"{name}: replayed on this machine, the plan gets it done")
-    poses = outcome["poses"][::EVERY]
-
-    small = look(scene["renderer"], scene["env"], poses)  # as the model sees it
+    plan = guide["plans"][name][row]["plan"]
+    poses, of_model, of_simulator = replay(plan, scene, models[row], sentence)
     scene["renderer"].close()
-    predicted = rewards_of(models[row], [[scene["picture"], *small]], sentence)[0]
-    expected = rise(rewards_of(models[row], scene["experts"], sentence))
-    true_rewards = np.array(outcome["rewards"][::EVERY]) - scene["rewards"][:, 0].mean()
-    risen = (predicted[1:] - predicted[0]) / expected
-    curves = {f"reward of the model ({row})": ("#c8384e", risen),
-              "reward of the simulator": ("#30638e", true_rewards / rise(scene["rewards"]))}
 
-    scene["env"].model.vis.global_.offwidth = 384
-    scene["env"].model.vis.global_.offheight = 384
-    renderer = mujoco.Renderer(scene["env"].model, 384, 384)
-    large = look(renderer, scene["env"], poses)
-    renderer.close()
+    curves = {f"reward of the model ({row})": ("#c8384e", of_model),
+              "reward of the simulator": ("#30638e", of_simulator)}
     title = f"The task: {sentence}.\nThis plan was found by maximising the model's reward."
-    frames = [draw_frame(picture, curves, k, title) for k, picture in enumerate(large)]
+    frames = [draw_frame(picture, curves, k, title)
+              for k, picture in enumerate(draw_large(scene["env"], poses))]
     frames += frames[-1:] * 15  # the end stays for a while
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)

@@ -2,19 +2,16 @@ r"""Does a reward guide? Its gain step by step, and plans that are chosen by the
 
     python vlmrm.py --objective triplet r3m liv timerewarder decisionnce-t triplet-directions \
         zeroshot --runs runs/guide
-    python data/study/guide.py runs/guide/*-seed0   an hour on two slow cores; goes on if stopped
+    python data/study/guide.py runs/guide/*-seed0   34 min on two slow cores; goes on if stopped
 
 Gain: an expert goes wrong at a random step. Does the reward gain more in ten steps of the expert's
 than in ten random ones at the same time of the same task? A clock gets .5. Plan: search for the
 actions that the reward likes best, from a fixed start. Does the best plan get the task done? All
 is kept in data/results/guide.json, plans included: film.py replays one.
 """
-import os
 import sys
 import warnings
 import zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -22,11 +19,10 @@ import common  # finds vlmrm
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import vlmrm
 from planning import HOLD, KNOTS, carry_out, look, open_at, open_scene, search
-from trial import RESULTS, from_file
+from workers import add_options, from_file, side_by_side
 
 # To plan in: eight unseen tasks (not the two in which things are gripped and carried), four seen.
 TASKS = ("button-press-v3", "door-open-v3", "door-unlock-v3", "drawer-open-v3", "faucet-open-v3",
@@ -38,12 +34,17 @@ JUDGED = [-HOLD - 1, -1]  # the steps of a plan whose pictures a reward judges
 SHAPED = "success + triplet"  # the success, and triplet as a potential
 METRICS = ("voc", "voc_opposite", "ranking_accuracy_same_time", "success_auroc", "retrieval_top1")
 
+def objective_of(folder: Path) -> str:
+    """The name of a run's objective. Raises InputError."""
+    with vlmrm.reading(folder / "config.json"):
+        return Path(vlmrm.read_json(folder / "config.json")["objective"]).stem
+
 def load_models(runs: list[Path], device: str) -> dict[str, tuple]:
     """{objective: (model, reward)} of the folders of runs, and a control that does not read."""
     models = {}
     for folder in runs:
+        name = objective_of(folder)
         model = vlmrm.load_reward_model(folder, device)
-        name = Path(vlmrm.read_json(folder / "config.json")["objective"]).stem
         models[name] = (model, vlmrm.cosine_reward)
         if name == "zeroshot":
             control = from_file("distance-from-start", "reward")
@@ -123,10 +124,25 @@ def rate(row: str, outcomes: list[dict], scene: dict, models: dict, sentence: st
         return done + risen
     return risen
 
+def rise(rewards: np.ndarray) -> float:
+    """From the first to the last of each episode (E, T), on average."""
+    return float((rewards[:, -1] - rewards[:, 0]).mean())
+
+def share_of_experts(row: str, outcome: dict, scene: dict, models: dict, sentence: str) -> float:
+    """How far the reward of a model, or the simulator's, rises with a plan, as a share of how far
+    it rises with three experts: it may be more than 1. NaN where it falls with them."""
+    expected = scene["rewards"]
+    if row != "simulator":
+        expected = rewards_of(models[row], scene["experts"], sentence)
+    if rise(expected) <= 0:
+        return float("nan")
+    [risen] = rate(row, [outcome], scene, models, sentence)
+    return float(risen) / rise(expected)
+
 def make_plans(task: str, sentence: str, models: dict, rng) -> dict[str, dict]:
     """{row: {"plan", "done", "said", "liked"}} from one start: the plan that the row likes best,
-    how far the simulator's reward and the row's own rise with it, as shares of what they rise with
-    three experts (it may be more than 1). Without "liked": the own reward falls with experts."""
+    and the shares of experts by the simulator's reward and by the row's own. Without "liked": the
+    own reward falls with experts."""
     scene = open_scene(task, rng)
     plan = rng.uniform(-1, 1, (KNOTS, 4)).round(2)
     found = {"random": (plan, carry_out(scene["env"], scene["state"], plan))}
@@ -136,20 +152,14 @@ def make_plans(task: str, sentence: str, models: dict, rng) -> dict[str, dict]:
             row, outcomes, scene, models, sentence), np.random.default_rng(seed))
     results = {}
     for row, (plan, outcome) in found.items():
-        [said] = rate("simulator", [outcome], scene, models, sentence)
         results[row] = {"plan": plan.tolist(), "done": any(outcome["success"]),
-                        "said": float(said) / rise(scene["rewards"])}
+                        "said": share_of_experts("simulator", outcome, scene, models, sentence)}
         if row in models:
-            expected = rise(rewards_of(models[row], scene["experts"], sentence))
-            [liked] = rate(row, [outcome], scene, models, sentence)
-            if expected > 0:
-                results[row]["liked"] = float(liked) / expected
+            liked = share_of_experts(row, outcome, scene, models, sentence)
+            if not np.isnan(liked):
+                results[row]["liked"] = liked
     scene["renderer"].close()
     return results
-
-def rise(rewards: np.ndarray) -> float:
-    """From the first to the last of each episode (E, T), on average."""
-    return float((rewards[:, -1] - rewards[:, 0]).mean())
 
 # 3. All of it -------------------------------------------------------------------------------------
 
@@ -177,7 +187,7 @@ def what_was_run(folders: list[Path]) -> dict[str, dict]:
     models = {}
     metrics = {}
     for folder in folders:
-        name = Path(vlmrm.read_json(folder / "config.json")["objective"]).stem
+        name = objective_of(folder)
         with vlmrm.reading(folder / "metrics.json"):
             unseen = vlmrm.read_json(folder / "metrics.json")["unseen"]
             metrics[name] = {metric: unseen[metric]["value"] for metric in METRICS}
@@ -189,34 +199,26 @@ def what_was_run(folders: list[Path]) -> dict[str, dict]:
 def work(args) -> None:
     """Do all jobs, side by side, and keep each result at once."""
     path = args.results / "guide.json"
-    found = {"gain": {}, "plans": {}, **what_was_run(args.runs)}
+    now = what_was_run(args.runs)
+    found = {"gain": {}, "plans": {}, **now}
     if path.exists():
-        before = vlmrm.read_json(path)
-        for part in ("files", "models", "metrics"):
-            if before[part] != found[part]:
-                raise vlmrm.InputError(f"{path} was made with other {part}: move it away")
-        found = before
-    jobs = []
+        found = vlmrm.read_json(path)
+    jobs = {}
     for task in args.tasks:
-        jobs.append({"kind": "gain", "task": task, "name": task})
+        jobs[task] = {"kind": "gain", "task": task}
         for start in range(STARTS if task in TASKS else 0):
-            jobs.append({"kind": "plans", "task": task, "name": f"{task}, start {start}"})
-    left = [dict(vars(args), **job) for job in jobs if job["name"] not in found[job["kind"]]]
-    bar = tqdm(total=len(jobs), desc="guiding", initial=len(jobs) - len(left))
-    os.environ["TQDM_DISABLE"] = "1"  # the workers' bars
-    with bar, ProcessPoolExecutor(
-            args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        futures = {pool.submit(play, job): job for job in left}
-        for future in as_completed(futures):
-            job = futures[future]
-            try:
-                found[job["kind"]][job["name"]] = future.result()
-            except vlmrm.InputError:
-                pool.shutdown(cancel_futures=True)
-                raise
-            vlmrm.write_whole(path, vlmrm.to_json(found))
-            bar.set_postfix_str(job["name"], refresh=False)
-            bar.update()
+            jobs[f"{task}, start {start}"] = {"kind": "plans", "task": task}
+    left = {name: dict(vars(args), **job, name=name) for name, job in jobs.items()
+            if name not in found[job["kind"]]}
+    for part in now:
+        # What is complete stays right, whatever the code is by now.
+        if found[part] != now[part] and (left or part != "files"):
+            raise vlmrm.InputError(f"{path} was made with other {part}: move it away")
+    if not left:
+        print(f"nothing is left to do: {path} has these {len(jobs)} results")
+    for name, result in side_by_side(play, left, args.workers, len(jobs), "guiding"):
+        found[jobs[name]["kind"]][name] = result
+        vlmrm.write_whole(path, vlmrm.to_json(found))
 
 def parser() -> common.Parser:
     """The options."""
@@ -225,9 +227,7 @@ def parser() -> common.Parser:
     add = options.add_argument
     add("runs", nargs="+", type=Path, help="folders, of triplet and zeroshot at least")
     add("--tasks", nargs="+", choices=known, default=known, metavar="TASK", help="(all 50)")
-    add("--results", type=Path, default=RESULTS, help="a folder (data/results)")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    add_options(options)
     return options
 
 if __name__ == "__main__":

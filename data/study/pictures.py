@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import vlmrm
 from tables import COLUMNS, CONTROLS, guide_scores, in_order, interval, load, trial_scores
-from trial import RESULTS
+from workers import RESULTS
 
 BLUE = "#30638e"
 RED = "#c8384e"

@@ -13,6 +13,7 @@ import common  # finds vlmrm
 import numpy as np
 
 import vlmrm
+from environment import pose
 
 HOLD = 10  # steps
 KNOTS = 8
@@ -27,15 +28,12 @@ def look(renderer, env, poses: list[dict]) -> np.ndarray:
 def open_at(task: str, seed: int):
     """What open_task() gives: simulator, class of the policy, renderer. The seed decides starts."""
     env, policy, renderer = vlmrm.open_task(task, 96)
-    env.seeded_rand_vec = True
-    env._freeze_rand_vec = False
-    env.seed(seed)
+    vlmrm.seed_starts(env, seed)
     return env, policy, renderer
 
 def open_scene(task: str, rng) -> dict:
     """A start to plan from: {"env", "renderer", "state", "picture" (S, S, 3)}, and of three experts
     the first and last picture, "experts" (3, 2, S, S, 3), and the simulator's "rewards" (3, 2)."""
-    import mujoco
     env, policy, renderer = open_at(task, int(rng.integers(2**31)))
     experts = []
     rewards = []
@@ -47,7 +45,7 @@ def open_scene(task: str, rng) -> dict:
         experts.append(look(renderer, env, [poses for poses, _, _ in ends]))
         rewards.append([reward for _, reward, _ in ends])
     env.reset()
-    mujoco.mj_forward(env.model, env.data)  # reset() moves things, and leaves their poses
+    pose(env)
     [picture] = look(renderer, env, [{}])
     return {"env": env, "renderer": renderer, "state": get_state(env), "picture": picture,
             "experts": np.array(experts), "rewards": np.array(rewards)}

@@ -432,9 +432,7 @@ def collect_task(job: dict) -> None:
     task = job["task"]
     env, _, renderer = vlmrm.open_task(task, 96)
     rng = np.random.default_rng([job["seed"], zlib.crc32(task.encode())])
-    env.seeded_rand_vec = True
-    env._freeze_rand_vec = False
-    env.seed(int(rng.integers(2**31)))
+    vlmrm.seed_starts(env, int(rng.integers(2**31)))
     env.reset()
     env._reset_hand = lambda *_: None  # the slow part of a reset; move_hand() does it
     home = env.data.qpos.copy()

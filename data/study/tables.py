@@ -17,8 +17,9 @@ import scipy.stats
 import vlmrm
 from guide import METRICS, SHAPED, STARTS, TASKS
 from trial import (
-    ARMS, CANDIDATES, CONTROLS, RESULTS, SEEDS, best_setting, ours, reads, score, settings_of,
+    ARMS, CANDIDATES, CONTROLS, SEEDS, best_setting, ours, reads, score, settings_of,
     tried_settings)
+from workers import RESULTS
 
 PAGES = (vlmrm.DATA.parent / "README.md", RESULTS / "README.md")
 SAME = "ranking_accuracy_same_time"

@@ -12,10 +12,7 @@ import argparse
 import functools
 import hashlib
 import itertools
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -23,22 +20,16 @@ import common  # finds vlmrm
 
 import numpy as np
 import scipy.stats
-import torch
-from tqdm import tqdm
 
 import vlmrm
 from scenes import left_out
+from workers import RESULTS, add_options, from_file, side_by_side
 
-RESULTS = vlmrm.DATA / "results"
-
+CODE = ("vlmrm.py", "trial.py and the objectives")  # of the files that a run depends on
 KEPT = ("voc", "voc_opposite", "voc_paraphrase", "ranking_accuracy_same_time",
         "pairs_same_time", "ranking_accuracy_within", "success_auroc", "retrieval_top1")
 
 # 1. Arms and settings -----------------------------------------------------------------------------
-
-def from_file(name: str, part: str = "loss"):
-    """The loss, or the reward, of a file of data/objectives/."""
-    return vlmrm.get_objective(str(vlmrm.DATA / "objectives" / f"{name}.py"))[part]
 
 directed = from_file("triplet-directions")
 
@@ -134,7 +125,7 @@ def simulator_scores(data) -> dict[str, dict]:
     return scores
 
 def play(job: dict) -> dict[str, dict]:
-    """Train an arm and test it: {task: {metric: score}}. job: arm, fold, setting, seed, test (the
+    """Train an arm and test it: {task: {metric: score}}, {} if it diverges. job: arm, fold, setting, seed, test (the
     unseen tasks, or the judges), start, data and trial, the files of training and of testing."""
     unseen = left_out(job["fold"])
     tested = unseen
@@ -150,7 +141,12 @@ def play(job: dict) -> dict[str, dict]:
     loss, _ = ARMS[job["arm"]]
     if loss:
         loss = functools.partial(loss, **config["constants"])
-        vlmrm.train(model, data, instructions, loss, config)
+        try:
+            vlmrm.train(model, data, instructions, loss, config)
+        except vlmrm.InputError as problem:
+            if "the loss is" in str(problem):
+                return {}  # it diverged: worse than all others
+            raise
     if job["test"] == "unseen":
         data = vlmrm.Dataset(job["trial"])
         split_anew(data, tested)
@@ -172,6 +168,18 @@ def play(job: dict) -> dict[str, dict]:
         raise vlmrm.InputError(f"{data.path} has no episodes of {', '.join(sorted(missing))}")
     return kept
 
+def check_files(found: dict, arm: str, fold: int, files: dict) -> None:
+    """Raise InputError if this arm was begun with other files, or another one of its fold with
+    other data: then they could not be compared."""
+    for name, before in found["files"].items():
+        if not name.endswith(f", fold {fold}"):
+            continue
+        for part in sorted(files):
+            matters = part not in CODE or name == f"{arm}, fold {fold}"
+            if matters and before.get(part) != files[part]:
+                raise vlmrm.InputError(
+                    f"{name} was begun with another {part}: move the results away, or put it back")
+
 def play_all(jobs: dict[str, dict], path: Path, files_of, workers: int) -> dict:
     """Play the jobs that path has not, side by side, and keep each result at once. files_of(fold)
     is what they depend on: an arm that was begun with other files is not gone on with."""
@@ -179,34 +187,25 @@ def play_all(jobs: dict[str, dict], path: Path, files_of, workers: int) -> dict:
     if path.exists():
         found = vlmrm.read_json(path)
     for arm in sorted({job["arm"] for job in jobs.values()}):
-        if found["settings"].setdefault(arm, settings_of(arm)) != settings_of(arm):
+        if found["settings"].get(arm, settings_of(arm)) != settings_of(arm):
             raise vlmrm.InputError(f"{path}: {arm} had other settings: move it away")
     left = {key: job for key, job in jobs.items() if key not in found["runs"]}
+    if not left:
+        print(f"nothing is left to do: {path} has these {len(jobs)} runs")
+    files = {}
     for arm, fold in sorted({(job["arm"], job["fold"]) for job in left.values()}):
-        files = files_of(fold)
-        if found["files"].setdefault(f"{arm}, fold {fold}", files) != files:
-            raise vlmrm.InputError(
-                f"{path}: {arm} was begun with other files in fold {fold}: move it away")
-    os.environ["TQDM_DISABLE"] = "1"  # the bars of the workers
-    # A thread each: two runs side by side are faster than one with two threads.
-    with ProcessPoolExecutor(
-            workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        futures = {pool.submit(play, job): key for key, job in left.items()}
-        done = tqdm(as_completed(futures), path.stem, len(jobs), initial=len(jobs) - len(left))
-        for future in done:
-            key = futures[future]
-            try:
-                found["runs"][key] = future.result()
-            except vlmrm.InputError as problem:
-                if "the loss is" not in str(problem):
-                    pool.shutdown(cancel_futures=True)
-                    raise
-                found["runs"][key] = {}  # it diverged: worse than all others
-            if path.exists():  # another process may work on it, too
-                theirs = vlmrm.read_json(path)
-                found = {part: theirs[part] | found[part] for part in found}
-            vlmrm.write_whole(path, vlmrm.to_json(found))
-            done.set_postfix_str(key)
+        files[arm, fold] = files_of(fold)
+        check_files(found, arm, fold, files[arm, fold])
+    for key, tasks in side_by_side(play, left, workers, len(jobs), path.stem):
+        arm = left[key]["arm"]
+        fold = left[key]["fold"]
+        found["runs"][key] = tasks
+        found["settings"][arm] = settings_of(arm)
+        found["files"][f"{arm}, fold {fold}"] = files[arm, fold]
+        if path.exists():  # another process may work on it, too
+            theirs = vlmrm.read_json(path)
+            found = {part: theirs[part] | found[part] for part in found}
+        vlmrm.write_whole(path, vlmrm.to_json(found))
     return found["runs"]
 
 # 3. What chooses ----------------------------------------------------------------------------------
@@ -318,7 +317,7 @@ def episodes_digest(path: Path, tasks: tuple) -> str:
 def files_of(args, fold: int) -> dict[str, str]:
     """The checksums of all that the runs of a fold depend on."""
     code = [__file__, *sorted((vlmrm.DATA / "objectives").glob("*.py"))]
-    checksums = {"vlmrm.py": vlmrm.THIS_FILE, "trial.py and the objectives": vlmrm.digest(*code)}
+    checksums = dict(zip(CODE, (vlmrm.THIS_FILE, vlmrm.digest(*code))))
     files = {"data": args.data, "instructions": vlmrm.DATA / "instructions.json",
              "start": args.starts / f"fold{fold}.safetensors"}
     for name, path in files.items():
@@ -348,9 +347,7 @@ def parser() -> common.Parser:
     add("--data", type=Path, default=vlmrm.DATA / "metaworld.npz", help="to train on")
     add("--trial", type=Path, default=Path("runs/trial.npz"), help="to test on (runs/trial.npz)")
     add("--starts", type=Path, default=Path("runs/starts"), help="a folder (runs/starts)")
-    add("--results", type=Path, default=RESULTS, help="a folder (data/results)")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    add_options(options)
     return options
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import common
 import film
 import guide
 import planning
+import workers
 from conftest import one_line
 
 NEVER = [999, 999]
@@ -177,7 +178,7 @@ def played(monkeypatch):
         return {"triplet": 0.5}
 
     monkeypatch.setattr(guide, "play", play)
-    monkeypatch.setattr(guide, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     return names
 
@@ -202,6 +203,11 @@ def test_it_goes_on(two_runs, tmp_path, played, capsys):
     assert set(found["gain"]) == {"reach-v3", "sweep-v3"} and set(found["plans"]) == set(starts)
     assert set(found["metrics"]) == {"triplet", "zeroshot"}
 
+    path = tmp_path / "guide.json"
+    vlmrm.write_whole(path, vlmrm.to_json(dict(found, files="of other code")))
+    assert guided("reach-v3") == 0 and "nothing is left" in capsys.readouterr().out
+    refused("with other files", "push-v3")
+    vlmrm.write_whole(path, vlmrm.to_json(found))
     refused("one run of each objective", "reach-v3", folders=(two_runs[0], two_runs[0]))
     refused("triplet and zeroshot", "reach-v3", folders=two_runs[:1])
     weights = two_runs[1] / "model.safetensors"

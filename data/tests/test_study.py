@@ -19,10 +19,11 @@ import pictures
 import scenes
 import tables
 import trial
+from workers import RESULTS
 from conftest import mixes
 
 PAGES = [path.read_text(encoding="utf-8") for path in tables.PAGES]
-MADE = tables.tables(trial.RESULTS)
+MADE = tables.tables(RESULTS)
 INSTRUCTIONS = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
 
 # The pages and the saved results ------------------------------------------------------------------
@@ -47,7 +48,7 @@ def test_filling_a_page_changes_what_is_between_the_marks():
 
 def test_the_header_of_the_file_shows_the_default_table():
     """VOC and ranking at the same time of triplet, seen and unseen: default.md has its row."""
-    titles, _, row, *_ = (trial.RESULTS / "default.md").read_text(encoding="utf-8").splitlines()
+    titles, _, row, *_ = (RESULTS / "default.md").read_text(encoding="utf-8").splitlines()
     assert row.startswith("| triplet |")
     cells = dict(zip(titles.strip("| ").split(" | "), row.strip("| ").split(" | ")))
     for title in ("VOC: order of experts' frames", "ranking accuracy at the same time"):
@@ -63,7 +64,7 @@ def test_nothing_on_the_pages_is_left_to_fill_in():
 
 def test_files_that_the_results_page_names_are_there():
     for name in ("comparison.png", "kept.png", "curves.png", "choices.json", "trial.json"):
-        assert (trial.RESULTS / name).is_file() and f"({name})" in PAGES[1]
+        assert (RESULTS / name).is_file() and f"({name})" in PAGES[1]
 
 def test_the_saved_trial_is_of_these_data():
     """And sentences. All arms of a fold have one start and one test set, in the first fold the
@@ -71,7 +72,7 @@ def test_the_saved_trial_is_of_these_data():
     starts = {"fold 0": vlmrm.digest(vlmrm.DATA / "tiny.safetensors")}
     tests = {}
     for name in ("choices.json", "trial.json"):
-        found = vlmrm.read_json(trial.RESULTS / name)
+        found = vlmrm.read_json(RESULTS / name)
         for key, files in found["files"].items():
             _, fold = key.split(", ")
             assert files["data"] == vlmrm.digest(vlmrm.DATA / "metaworld.npz")
@@ -92,7 +93,7 @@ def test_the_shipped_start_has_not_seen_the_unseen_tasks():
 
 def test_the_saved_trial_is_whole():
     """In each fold every arm that was tested has all its settings and seeds, on the right tasks."""
-    choices, runs = tables.load(trial.RESULTS)
+    choices, runs = tables.load(RESULTS)
     assert tables.folds_of(runs) and set(tables.NEEDED) <= set(tables.arms_of(runs))
     for fold in tables.folds_of(runs):
         for arm in tables.arms_of(runs):
@@ -106,7 +107,7 @@ def test_the_saved_trial_is_whole():
 @pytest.mark.parametrize("name", ["triplet", "r3m", "liv"])
 def test_the_constants_of_the_file_are_what_the_judges_chose(name):
     """The best of the four settings with adapters, in the first fold."""
-    choices, _ = tables.load(trial.RESULTS)
+    choices, _ = tables.load(RESULTS)
     scores = [trial.score(choices[f"{name}, fold 0, setting {k}"]) for k in range(4)]
     setting = trial.settings_of(name)[int(np.argmax(scores))]
     _, rate, constants, _ = vlmrm.OBJECTIVES[name]
@@ -116,10 +117,10 @@ def test_the_constants_of_the_file_are_what_the_judges_chose(name):
 def test_pictures_are_drawn_of_the_saved_results(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "RESULTS", tmp_path)
     for name in ("choices.json", "trial.json", "guide.json"):
-        (tmp_path / name).symlink_to(trial.RESULTS / name)
+        (tmp_path / name).symlink_to(RESULTS / name)
     pictures.work(None)
     for name in ("comparison.png", "kept.png", "guide.png"):
-        with Image.open(tmp_path / name) as new, Image.open(trial.RESULTS / name) as shipped:
+        with Image.open(tmp_path / name) as new, Image.open(RESULTS / name) as shipped:
             assert new.text["Source"] == shipped.text["Source"]  # of the same results
             assert new.size == shipped.size
 

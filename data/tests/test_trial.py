@@ -10,6 +10,7 @@ import torch
 import common
 import scenes
 import trial
+import workers
 from conftest import toy_episode, unit
 
 INSTRUCTIONS = vlmrm.load_instructions(vlmrm.DATA / "instructions.json")
@@ -132,29 +133,29 @@ def test_ours_reads():
     assert trial.best_setting(runs, "triplet", 0) == 7
 
 def test_results_of_two_processes_are_kept(monkeypatch, tmp_path):
-    """And a setting that diverges stops nothing, but anything else does."""
+    """What fails is not kept, nor what it was made of."""
     def play(job):
         if job["what"] == "other":
             vlmrm.write_whole(path, vlmrm.to_json({
                 "files": {"hop, fold 1": {}}, "settings": {},
                 "runs": {"theirs": result(0.1, 0.5)}}))
-        if job["what"] == "diverges":
-            raise vlmrm.InputError("step 3: the loss is nan")
         if job["what"] == "fails":
             raise vlmrm.InputError("no data")
         return result(0.5, 0.5)
 
     path = tmp_path / "choices.json"
-    monkeypatch.setattr(trial, "ProcessPoolExecutor", ThreadPoolExecutor)
-    monkeypatch.setattr(trial, "get_context", str)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(workers, "get_context", str)
     monkeypatch.setattr(trial, "play", play)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     def play_all(**jobs):
         jobs = {name: {"fold": 0, "arm": "hop", "what": what} for name, what in jobs.items()}
         return trial.play_all(jobs, path, lambda fold: {"data": "some"}, 1)
 
-    runs = play_all(a="other", b="diverges")
-    assert set(runs) == {"theirs", "a", "b"} and runs["b"] == {}
+    with pytest.raises(vlmrm.InputError, match="no data"):
+        play_all(c="fails")
+    assert not path.exists()
+    assert set(play_all(a="other", b="")) == {"theirs", "a", "b"}
     with pytest.raises(vlmrm.InputError, match="no data"):
         play_all(a="", c="fails")
     found = vlmrm.read_json(path)
@@ -169,8 +170,8 @@ def test_results_of_two_processes_are_kept(monkeypatch, tmp_path):
 def small(monkeypatch, tmp_path, toy):
     """Runs trial.py with two arms on the toy data, in this process. There are four tasks: one is
     unseen, two judge. The test set has other episodes."""
-    monkeypatch.setattr(trial, "ProcessPoolExecutor", ThreadPoolExecutor)
-    monkeypatch.setattr(trial, "get_context", str)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(workers, "get_context", str)
     monkeypatch.setattr(trial, "judges", lambda fold: ("sweep-v3", "push-v3"))
     monkeypatch.setattr(trial, "left_out", lambda fold: ("drawer-open-v3",))
     monkeypatch.setattr(trial, "ARMS", {arm: trial.ARMS[arm]
@@ -242,13 +243,34 @@ def test_the_trial_on_toy_data(small, trained_on, tmp_path, toy, monkeypatch):
         voc = expected["tasks"]["drawer-open-v3"]["voc"]
         assert (scores["voc"] == pytest.approx(voc, abs=1e-3)) == same
 
+def test_a_setting_that_diverges_stops_nothing(small, tmp_path, monkeypatch):
+    """It has no results."""
+    [setting, _] = trial.settings_of("triplet")
+    wild = dict(setting, learning_rate=1e30, steps=3)
+    monkeypatch.setattr(trial, "settings_of", lambda arm: [wild])
+    assert small("choose") == 0
+    runs = vlmrm.read_json(tmp_path / "choices.json")["runs"]
+    assert runs["triplet, fold 0, setting 0"] == {} != runs["zeroshot, fold 0, setting 0"]
+
+def test_arms_of_a_fold_have_the_same_data():
+    """And the code of an arm does not change between its runs; that of others may."""
+    code, _ = trial.CODE
+    found = {"files": {"hop, fold 1": {"data": "a", code: "1"}}}
+    trial.check_files(found, "r3m", 1, {"data": "a", code: "2"})
+    trial.check_files(found, "r3m", 2, {"data": "b", code: "2"})
+    for arm, files in (("r3m", {"data": "b"}), ("hop", {"data": "a", code: "2"})):
+        with pytest.raises(vlmrm.InputError, match="hop, fold 1 was begun with another"):
+            trial.check_files(found, arm, 1, files)
+
 def test_the_trial_goes_on_with_the_same_files_alone(small, tmp_path, monkeypatch, capsys):
     """Nothing is done twice; and what is left of a fold is not done with other files."""
     assert small("choose") == 0 and small("test") == 0
     found = vlmrm.read_json(tmp_path / "trial.json")
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(trial, "play", None)  # there is no work
         assert small("choose") == 0 and small("test") == 0
+    assert capsys.readouterr().out.count("nothing is left to do") == 2
     clock = found["runs"].pop("clock, fold 0, seed 0")
     (tmp_path / "starts/fold4.safetensors").unlink()  # of another fold
     monkeypatch.setattr(trial, "play", lambda job: clock)
@@ -266,7 +288,7 @@ def test_the_trial_goes_on_with_the_same_files_alone(small, tmp_path, monkeypatc
     del choices["runs"]["zeroshot, fold 0, setting 0"]
     vlmrm.write_whole(tmp_path / "choices.json", vlmrm.to_json(choices))
     assert small("choose") == 2
-    assert "begun with other files" in capsys.readouterr().err
+    assert "begun with another start" in capsys.readouterr().err
 
 def test_the_digest_of_episodes(toy, tmp_path):
     """It is of the given tasks alone, in whatever file they are."""
