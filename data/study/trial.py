@@ -125,8 +125,9 @@ def simulator_scores(data) -> dict[str, dict]:
     return scores
 
 def play(job: dict) -> dict[str, dict]:
-    """Train an arm and test it: {task: {metric: score}}, {} if it diverges. job: arm, fold, setting, seed, test (the
-    unseen tasks, or the judges), start, data and trial, the files of training and of testing."""
+    """Train an arm and test it: {task: {metric: score}}, or {} if it diverges. job: arm, fold,
+    setting, seed, test (the unseen tasks, or the judges), start, data and trial, the files of
+    training and of testing."""
     unseen = left_out(job["fold"])
     tested = unseen
     if job["test"] == "judges":
