@@ -7,6 +7,7 @@ that it cannot be wrong. The parts follow vlmrm.py; what lies in data/ has tests
 import ast
 import contextlib
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -332,6 +333,9 @@ def test_ranking_accuracy_by_hand():
     assert vlmrm.ranking_accuracy(predicted, truth) == pytest.approx(2.5 / 3)
     assert vlmrm.ranking_accuracy(predicted, truth, threshold=1.0) == 1
     assert math.isnan(vlmrm.ranking_accuracy(predicted, truth * 0))
+    one_is_nan = np.array([1, 1, math.nan])
+    assert math.isnan(vlmrm.ranking_accuracy(predicted * one_is_nan, truth))
+    assert math.isnan(vlmrm.ranking_accuracy(predicted, truth * one_is_nan))
     ends = np.array([[0.9], [0.4], [0.4], [0.1]])
     success = np.array([[True], [True], [False], [False]])
     assert vlmrm.ranking_accuracy(ends, success, "across") == 3.5 / 4
@@ -1258,6 +1262,8 @@ def test_a_loaded_model_leaves_the_callers_settings(finished):
 
 @pytest.mark.parametrize("arguments, says", [
     ("--backbone ViT-B-32", "laion2b_s34b_b79k"),
+    ("--backbone ViT-B-32 --pretrained ''", "laion2b_s34b_b79k"),
+    ("--tasks reach-v3", "--tasks is for --collect"),
     ("--backbone ViT-B-32 --pretrained nonsense", "Without a network, --pretrained takes a file"),
     ("--pretrained missing.safetensors", "cannot read missing.safetensors"),
     ("--data missing.npz", "missing.npz: ValueError: there is no such file"),
@@ -1289,6 +1295,31 @@ def test_bad_input_is_one_line(program, arguments, says, capsys, monkeypatch, tm
         assert program(*options) == 2
     one_line(capsys, says)
     assert not list(tmp_path.glob("runs/*")) and not Path("x.npz").exists()
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    """Whoever says so. Any other error is ours, and is shown as it is."""
+    def fails(args):
+        raise problem
+
+    monkeypatch.setattr(vlmrm, "run_all", fails)
+    for problem in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                    RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        assert vlmrm.main([]) == 2
+        one_line(capsys, "try a smaller --batch")
+    problem = RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes"):
+        vlmrm.main([])
+
+def test_a_checksum_of_files_knows_their_borders(tmp_path):
+    """What moves from one file to the next changes it."""
+    digests = set()
+    for contents in (b"ab", b"c"), (b"a", b"bc"):
+        files = []
+        for name, content in zip("xy", contents):
+            (tmp_path / name).write_bytes(content)
+            files.append(tmp_path / name)
+        digests.add(vlmrm.digest(*files))
+    assert len(digests) == 2 and vlmrm.digest(files[0]) == hashlib.sha256(b"a").hexdigest()
 
 PYTHON = [HERE / "vlmrm.py", HERE / "test_vlmrm.py", *sorted((HERE / "data").rglob("*.py"))]
 

@@ -490,7 +490,7 @@ def build_backbone(name: str, pretrained: str):
         return model
     try:
         tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained is None:  # random weights are never a silent choice
+        if not pretrained:  # random weights are never a silent choice
             raise ValueError(f"choose --pretrained: a file, none, {', '.join(tags)}")
         clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
         tokenizer = open_clip.get_tokenizer(name)
@@ -767,33 +767,50 @@ def running(name: str):
             raise
         raise InputError(f"{where}: {type(problem).__name__}: {problem}") from problem
 
+def is_readers_own(module):
+    """Whether a module is neither Python's nor an installed package's."""
+    python = Path(os.__file__).parent
+    for place in (getattr(module, "__file__", None), *getattr(module, "__path__", [])):
+        if place and not {"site-packages", "dist-packages"} & set(Path(place).parts):
+            if python not in Path(place).parents:
+                return True
+    return False
+
 @contextlib.contextmanager
-def undone(path: Path):
+def undone(path: str):
     """Undo what a reader's file does beside defining: other objectives run in this process, too.
     Raises InputError if it changes this module."""
+    tables = (OBJECTIVES, METRICS, RANGES, TINY, PER_EPISODE, PER_PICTURE)
+    contents = copy.deepcopy(tables)
     ours = dict(globals())
-    tables = repr((OBJECTIVES, METRICS, RANGES))
+    classes = {kind: dict(vars(kind)) for kind in (RewardModel, Dataset, LoRA)}
     modules = set(sys.modules)
     folders = sys.path.copy()
     working = os.getcwd()
-    kind = torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
+    threads = torch.get_num_threads()
     try:
         yield
     finally:
         changed = [name for name in ours if globals()[name] is not ours[name]]
         globals().update(ours)
+        for kind, methods in classes.items():
+            for name, method in methods.items():
+                if vars(kind).get(name) is not method:
+                    setattr(kind, name, method)
+                    changed.append(f"{kind.__name__}.{name}")
+        for table, content in zip(tables, contents):
+            if table != content:
+                table.clear()
+                table.update(content)
+                changed.append("OBJECTIVES, or another table")
         sys.path[:] = folders
         os.chdir(working)
-        torch.set_default_dtype(kind)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
         for name in set(sys.modules) - modules:  # another folder may have one of the same name
-            module = sys.modules[name]
-            places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
-            places = [place for place in places if place]
-            installed = (sys.prefix, sys.base_prefix)
-            if places and not any(place.startswith(installed) for place in places):
+            if is_readers_own(sys.modules[name]):
                 del sys.modules[name]
-    if tables != repr((OBJECTIVES, METRICS, RANGES)):
-        changed.append("OBJECTIVES, METRICS or RANGES")
     if changed:
         raise InputError(f"{path} changes vlmrm.{changed[0]}, and so its rivals")
 
@@ -810,12 +827,14 @@ def get_objective(name: str):
         loss, rate, constants, reads = OBJECTIVES[name]
         defined = {"loss": loss, "TUNED": (rate, constants), "COSINE": reads}
     else:
-        with running(name), undone(Path(name)):
+        with running(name), undone(name):
             defined = runpy.run_path(name)
         if "loss" not in defined and "reward" not in defined:
             raise InputError(f"{name} defines neither loss() nor reward()")
         if defined.setdefault("LABELS", "times") not in ("times", "rewards"):
             raise InputError(f"{name}: LABELS must be times or rewards")
+        if not isinstance(defined.get("COSINE", True), bool):
+            raise InputError(f"{name}: COSINE must be True or False")
         if isinstance(defined.get("loss"), nn.Module):
             raise InputError(f"{name}: nobody trains the weights of a loss. Make it a function")
     return {"loss": None, "reward": cosine_reward, "TUNED": (2e-3, {}), "LABELS": "times",
@@ -898,7 +917,7 @@ def train(model: RewardModel, data: Dataset, instructions: dict, loss_function, 
             with torch.no_grad():
                 extra["before"] = (untrained.embed_frames(pictures),
                                    untrained.embed_texts(sentences))
-        loss = loss_function(frames, texts, times, **extra)
+        loss = loss_function(frames.clone(), texts.clone(), times, **extra)  # may write into them
 
         optimizer.zero_grad(set_to_none=True)
         backward(loss, texts, weights, step, config)
@@ -998,7 +1017,7 @@ def ranking_accuracy(predicted: np.ndarray, true_reward: np.ndarray, pairs: str 
     (E, T) -> 0 to 1, NaN without pairs or if a reward is NaN. Uses worse_frames()."""
     worse = worse_frames(true_reward, pairs, threshold)
     p = predicted.reshape(-1, 1)  # (E T, 1)
-    if not worse.any() or np.isnan(p).any():
+    if not worse.any() or np.isnan(p).any() or np.isnan(true_reward).any():
         return math.nan
     right = (p > p.T)[worse].sum() + (p == p.T)[worse].sum() / 2
     return right / worse.sum()
@@ -1131,9 +1150,11 @@ def check_numbers(numbers: dict):
         raise InputError("--frames x --size is over 16383, the limit of WebP")
 
 def digest(*files):
-    """SHA-256 of the contents of files."""
-    contents = [Path(file).read_bytes() for file in files]
-    return hashlib.sha256(b"".join(contents)).hexdigest()
+    """SHA-256 of a file, or of the names and the SHA-256 of several."""
+    if len(files) == 1:
+        return hashlib.sha256(Path(files[0]).read_bytes()).hexdigest()
+    lines = [f"{Path(file).name} {digest(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 def to_json(content: dict):
     """A dictionary as JSON. There may be arrays in it."""
@@ -1175,7 +1196,8 @@ def configuration(args, objective: str, seed: int):
     with running(config["objective"]):
         rate, constants = parts["TUNED"]
         for name, value in constants.items():
-            if not isinstance(name, str) or type(value) not in (bool, int, float, str):
+            if not isinstance(name, str) or type(value) not in (bool, int, float, str) or (
+                    value != value):  # NaN
                 raise ValueError(f"{name}: {value!r}: a constant is a plain number or a string")
         # The rates are those of adapters. All weights together want smaller steps.
         config["learning_rate"] = args.learning_rate or (rate if args.lora else rate / 4)
@@ -1253,7 +1275,7 @@ def run(config: dict, runs: Path, device: str = "auto") -> tuple[Path, dict]:
     else:
         print(f"{name}: {folder}", flush=True)
         try:
-            with running(config["objective"]):
+            with running(config["objective"]), undone(config["objective"]):
                 train_and_evaluate(config, folder, device)
         finally:
             if new and os.listdir(folder) == ["config.json"]:  # nothing was begun
@@ -1437,6 +1459,8 @@ def parse_arguments(argv: list[str] = None):
     args = parser.parse_args(argv)
 
     check_numbers(vars(args))
+    if args.tasks and not args.collect:
+        raise InputError("--tasks is for --collect: a run takes all tasks of its --data")
     for k, name in enumerate(args.objective):
         known = DATA / "objectives" / f"{name}.py"
         if known.is_file():
@@ -1457,6 +1481,11 @@ def main(argv: list[str] = None):
             run_all(args)
     except (InputError, OSError, BrokenExecutor) as problem:  # OSError: a full disk, say
         print("vlmrm:", " ".join(str(problem).split()), file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as problem:
+        if "memory" not in str(problem) and not isinstance(problem, MemoryError):
+            raise
+        print("vlmrm: not enough memory; try a smaller --batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nvlmrm: stopped; a run goes on with the same command", file=sys.stderr)

@@ -22,7 +22,7 @@ import torch
 
 import vlmrm
 from planning import HOLD, KNOTS, carry_out, look, open_at, open_scene, search
-from workers import add_options, from_file, side_by_side
+from workers import add_options, from_file, keep, side_by_side
 
 # To plan in: eight unseen tasks (not the two in which things are gripped and carried), four seen.
 TASKS = ("button-press-v3", "door-open-v3", "door-unlock-v3", "drawer-open-v3", "faucet-open-v3",
@@ -179,7 +179,7 @@ def play(job: dict) -> dict:
     return make_plans(job["task"], sentence, models, rng)
 
 def what_was_run(folders: list[Path]) -> dict[str, dict]:
-    """{"files": SHA-256 of the code and the sentences, "models": {objective: SHA-256 of its
+    """{"files": {"code and sentences": SHA-256}, "models": {objective: SHA-256 of its
     weights}, "metrics": {objective: {metric: score}}, on unseen tasks}. Raises InputError."""
     here = Path(__file__)
     files = vlmrm.digest(vlmrm.__file__, here, here.with_name("planning.py"),
@@ -194,7 +194,7 @@ def what_was_run(folders: list[Path]) -> dict[str, dict]:
         models[name] = vlmrm.digest(folder / "model.safetensors")
     if not {"triplet", "zeroshot"} <= set(models) or len(models) < len(folders):
         raise vlmrm.InputError("one run of each objective, triplet and zeroshot among them")
-    return {"files": files, "models": models, "metrics": metrics}
+    return {"files": {"code and sentences": files}, "models": models, "metrics": metrics}
 
 def work(args) -> None:
     """Do all jobs, side by side, and keep each result at once."""
@@ -218,7 +218,7 @@ def work(args) -> None:
         print(f"nothing is left to do: {path} has these {len(jobs)} results")
     for name, result in side_by_side(play, left, args.workers, len(jobs), "guiding"):
         found[jobs[name]["kind"]][name] = result
-        vlmrm.write_whole(path, vlmrm.to_json(found))
+        found = keep(found, path)
 
 def parser() -> common.Parser:
     """The options."""

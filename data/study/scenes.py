@@ -454,6 +454,11 @@ def collect(args) -> None:
     """Make the scenes of args.tasks in parallel processes, a file of each environment in the folder
     args.scenes, but for those that are there: the same bytes whatever the number of workers."""
     args.scenes.mkdir(parents=True, exist_ok=True)
+    made = {"seed": args.seed, "count": args.count}
+    note = args.scenes / "made.json"  # else a test might be of the scenes that were trained on
+    if note.exists() and vlmrm.read_json(note) != made:
+        raise vlmrm.InputError(f"{args.scenes} has scenes of another --seed or --count")
+    vlmrm.write_whole(note, vlmrm.to_json(made))
     jobs = [dict(vars(args), task=task) for task in args.tasks
             if not (args.scenes / f"{task}.npz").exists()]
     with ProcessPoolExecutor(  # as in vlmrm.collect()
@@ -564,6 +569,8 @@ def draw_batch(scenes: dict, step: int, args, tokenizer):
     texts = []
     said = []
     for task in rng.choice(args.tasks, size=count, replace=False):
+        if len(scenes["rows"][task]) < 256 // count:
+            raise vlmrm.InputError(f"{task} has fewer than {256 // count} scenes, a batch's share")
         chosen = rng.choice(scenes["rows"][task], size=256 // count, replace=False)
         captions, facts = describe(scenes, task, chosen, rng, tokenizer)
         rows.append(chosen)
@@ -636,6 +643,8 @@ def work(args) -> None:
     name = "all" if args.fold is None else f"fold{args.fold}"
     args.out = args.out or Path("runs/starts") / f"{name}.safetensors"
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.out.exists():
+        raise vlmrm.InputError(f"{args.out} exists: delete it, or choose another --out")
     train(args)
 
 def parser() -> common.Parser:

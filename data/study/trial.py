@@ -23,7 +23,7 @@ import scipy.stats
 
 import vlmrm
 from scenes import left_out
-from workers import RESULTS, add_options, from_file, side_by_side
+from workers import RESULTS, add_options, from_file, keep, side_by_side
 
 CODE = ("vlmrm.py", "trial.py and the objectives")  # of the files that a run depends on
 KEPT = ("voc", "voc_opposite", "voc_paraphrase", "ranking_accuracy_same_time",
@@ -169,14 +169,14 @@ def play(job: dict) -> dict[str, dict]:
         raise vlmrm.InputError(f"{data.path} has no episodes of {', '.join(sorted(missing))}")
     return kept
 
-def check_files(found: dict, arm: str, fold: int, files: dict) -> None:
-    """Raise InputError if this arm was begun with other files, or another one of its fold with
-    other data: then they could not be compared."""
+def check_files(found: dict, arm: str, fold: int, files: dict, goes_on: bool) -> None:
+    """Raise InputError if an arm of this fold was made of other data: they could not be compared.
+    An arm that goes on must have the same code, too."""
     for name, before in found["files"].items():
         if not name.endswith(f", fold {fold}"):
             continue
         for part in sorted(files):
-            matters = part not in CODE or name == f"{arm}, fold {fold}"
+            matters = part not in CODE or (goes_on and name == f"{arm}, fold {fold}")
             if matters and before.get(part) != files[part]:
                 raise vlmrm.InputError(
                     f"{name} was begun with another {part}: move the results away, or put it back")
@@ -191,28 +191,29 @@ def play_all(jobs: dict[str, dict], path: Path, files_of, workers: int) -> dict:
         if found["settings"].get(arm, settings_of(arm)) != settings_of(arm):
             raise vlmrm.InputError(f"{path}: {arm} had other settings: move it away")
     left = {key: job for key, job in jobs.items() if key not in found["runs"]}
+    files = {}
+    to_do = {(job["arm"], job["fold"]) for job in left.values()}
+    for arm, fold in sorted({(job["arm"], job["fold"]) for job in jobs.values()}):
+        if fold not in files:
+            files[fold] = files_of(fold)
+        check_files(found, arm, fold, files[fold], (arm, fold) in to_do)
     if not left:
         print(f"nothing is left to do: {path} has these {len(jobs)} runs")
-    files = {}
-    for arm, fold in sorted({(job["arm"], job["fold"]) for job in left.values()}):
-        files[arm, fold] = files_of(fold)
-        check_files(found, arm, fold, files[arm, fold])
     for key, tasks in side_by_side(play, left, workers, len(jobs), path.stem):
         arm = left[key]["arm"]
         fold = left[key]["fold"]
         found["runs"][key] = tasks
         found["settings"][arm] = settings_of(arm)
-        found["files"][f"{arm}, fold {fold}"] = files[arm, fold]
-        if path.exists():  # another process may work on it, too
-            theirs = vlmrm.read_json(path)
-            found = {part: theirs[part] | found[part] for part in found}
-        vlmrm.write_whole(path, vlmrm.to_json(found))
+        found["files"][f"{arm}, fold {fold}"] = files[fold]
+        found = keep(found, path)
     return found["runs"]
 
 # 3. What chooses ----------------------------------------------------------------------------------
 
 def mean_of(tasks: dict, metric: str) -> float:
-    """Over the tasks that have it."""
+    """Over the tasks that have it. Raises InputError if none has."""
+    if not any(metric in scores for scores in tasks.values()):
+        raise vlmrm.InputError(f"no task has {metric}: {', '.join(tasks)}")
     return float(np.mean([scores[metric] for scores in tasks.values() if metric in scores]))
 
 def score(tasks: dict) -> float:

@@ -36,6 +36,14 @@ def side_by_side(play, jobs: dict[str, dict], count: int, total: int, title: str
         finally:
             pool.shutdown(cancel_futures=True)
 
+def keep(found: dict, path: Path) -> dict:
+    """Write results, with those that another process has written meanwhile; return both."""
+    if path.exists():
+        theirs = vlmrm.read_json(path)
+        found = {part: {**theirs[part], **found[part]} for part in found}
+    vlmrm.write_whole(path, vlmrm.to_json(found))
+    return found
+
 def add_options(options: common.Parser) -> None:
     """The options that both have."""
     add = options.add_argument

@@ -204,7 +204,7 @@ def test_it_goes_on(two_runs, tmp_path, played, capsys):
     assert set(found["metrics"]) == {"triplet", "zeroshot"}
 
     path = tmp_path / "guide.json"
-    vlmrm.write_whole(path, vlmrm.to_json(dict(found, files="of other code")))
+    vlmrm.write_whole(path, vlmrm.to_json(dict(found, files={"code": "another"})))
     assert guided("reach-v3") == 0 and "nothing is left" in capsys.readouterr().out
     refused("with other files", "push-v3")
     vlmrm.write_whole(path, vlmrm.to_json(found))

@@ -6,6 +6,7 @@ hand, a library, or loops that cannot be wrong; and for all it is tested what mu
 import ast
 import inspect
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -414,7 +415,10 @@ def test_a_file_with_a_reward(program, tmp_path):
     (OWN + "TUNED = (1e-3, {0: 1.0})", "a constant is a plain number"),
     ("import torch\nloss = torch.nn.L1Loss()", "Make it a function"),
     ("import vlmrm\nvlmrm.cosine = None\n" + OWN, "changes vlmrm.cosine"),
-    ("import vlmrm\nvlmrm.METRICS['new'] = ('', 0)\n" + OWN, "changes vlmrm.OBJECTIVES, METRICS"),
+    ("import vlmrm\nvlmrm.METRICS['new'] = ('', 0)\n" + OWN, "changes vlmrm.OBJECTIVES, or"),
+    ("import vlmrm\nvlmrm.RewardModel.encode = print\n" + OWN, "changes vlmrm.RewardModel.encode"),
+    (OWN + "TUNED = (1e-3, {'weight': float('nan')})", "nan: a constant is a plain number"),
+    (OWN + "COSINE = 'no'", "COSINE must be True or False"),
     (LOSS + "return open('no such file')", "own.py, line 2: FileNotFoundError"),
     (LOSS + "return frames.square().mean() + frames.sum()", "needs COSINE = False"),
     (LOSS + "return (frames[:, 0] @ texts.T).sum() * float('nan')", "step 1: the loss is nan"),
@@ -481,6 +485,41 @@ def test_a_file_reaches_no_other(program, tmp_path, monkeypatch):
     one = read_kept(tmp_path / "runs" / "own-seed0")["log"]
     other = read_kept(tmp_path / "runs" / "own-seed0-2")["log"]
     assert one[0]["loss"] == -other[0]["loss"] < 0
+
+def test_a_file_reaches_no_other_while_it_trains(program, tmp_path):
+    """Here it imports its helper, and changes the default type, when the loss is asked for."""
+    for folder, sign in (("a", "-"), ("b", "+")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helper.py").write_text(f"SIGN = {sign}1")
+        (tmp_path / folder / "own.py").write_text(
+            "import os, sys, torch\n" + LOSS + "sys.path.insert(0, os.path.dirname(__file__))\n"
+            "    torch.set_default_dtype(torch.float64)\n    from helper import SIGN\n"
+            "    return SIGN * (frames[:, 0] - texts).square().mean()")
+    assert program(tmp_path / "a" / "own.py", tmp_path / "b" / "own.py", "zeroshot") == 0
+    assert torch.get_default_dtype() == torch.float32
+    one = read_kept(tmp_path / "runs" / "own-seed0")["log"]
+    other = read_kept(tmp_path / "runs" / "own-seed0-2")["log"]
+    assert one[0]["loss"] == -other[0]["loss"] < 0
+
+def test_whose_a_module_is(tmp_path, monkeypatch):
+    """Python's and installed packages stay; what lies beside them is the reader's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_a_reader.py").touch()
+    import of_a_reader
+    assert vlmrm.is_readers_own(of_a_reader)
+    for module in (sys, json, np, torch, np.linalg):
+        assert not vlmrm.is_readers_own(module)
+    of_a_reader.__file__ = f"{sys.prefix}/project/own.py"
+    assert vlmrm.is_readers_own(of_a_reader)
+
+def test_a_loss_that_writes_into_its_arguments_changes_nothing(program, tmp_path):
+    """What it returns is what counts, also for the share of frames in order."""
+    for name, text in (("careful", "frames = frames - 1\n    "), ("careless", "frames -= 1\n    ")):
+        (tmp_path / f"{name}.py").write_text(LOSS + text + "return (frames[:, 0] @ texts.T).sum()")
+    assert program(tmp_path / "careful.py", tmp_path / "careless.py") == 0
+    logs = [read_kept(tmp_path / "runs" / f"{name}-seed0")["log"]
+            for name in ("careful", "careless")]
+    assert logs[0] == logs[1]
 
 def test_two_files_of_one_name_are_two_rows(program, tmp_path):
     for folder in ("a", "b"):

@@ -20,7 +20,7 @@ import scenes
 import tables
 import trial
 from workers import RESULTS
-from conftest import mixes
+from conftest import mixes, one_line
 
 PAGES = [path.read_text(encoding="utf-8") for path in tables.PAGES]
 MADE = tables.tables(RESULTS)
@@ -337,6 +337,10 @@ def test_scenes_are_collected_and_trained_on(rendering, tmp_path, capsys):
     file.unlink()
     assert common.main(scenes.parser(), scenes.work, ["collect", *options]) == 0
     assert file.read_bytes() == first
+    for changed in (["--seed", "1"], ["--count", "15"]):
+        capsys.readouterr()
+        assert common.main(scenes.parser(), scenes.work, ["collect", *options, *changed]) == 2
+        one_line(capsys, "scenes of another --seed or --count", "scenes")
     loaded = scenes.load_scenes(tmp_path, ["drawer-open-v3"])
     assert loaded["pictures"].shape == (14, 96, 96, 3) and loaded["pictures"].std() > 20
     texts, said = scenes.describe(loaded, "drawer-open-v3", np.arange(14),
@@ -344,7 +348,7 @@ def test_scenes_are_collected_and_trained_on(rendering, tmp_path, capsys):
     agreed = scenes.agreement(loaded, np.arange(14), said)
     assert agreed.diagonal().all() and 0.1 < agreed.mean() < 0.9 and len(set(texts)) > 9
 
-def test_the_tiny_clip_is_trained_on_scenes(tmp_path, monkeypatch):
+def test_the_tiny_clip_is_trained_on_scenes(tmp_path, monkeypatch, capsys):
     """On noise with random measures. Twice the same bytes, which are weights of tiny: also if it is
     stopped after the first of its two steps."""
     rng = np.random.default_rng(0)
@@ -374,6 +378,9 @@ def test_the_tiny_clip_is_trained_on_scenes(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.checkpoint"))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     vlmrm.build_backbone("tiny", str(tmp_path / "one"))
+    capsys.readouterr()
+    assert train("two") == 2  # 45 minutes in earnest
+    one_line(capsys, "two exists: delete it", "scenes")
     with safetensors.safe_open(tmp_path / "one", "np") as file:
         made_of = json.loads(file.metadata()["made_of"])
     assert made_of == {"environments": ["drawer-open-v3"], "seed": 0, "steps": 2}

@@ -17,7 +17,7 @@ import gymnasium
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import common
 import environment
@@ -262,6 +262,10 @@ def test_a_page_of_a_run(finished, toy, capsys):
     rewards = model.score(data.pictures(e), sentence)
     assert first["curves"][f"“{sentence}”"] == pytest.approx(rewards, abs=1e-5)
     assert [len(values) for values in first["curves"].values()] == [data.T] * 3
+    assert show.main([str(finished)]) == 0  # drawn anew
+    out = finished.parent / "notes.html"
+    out.write_text("of someone else")
+    refuses(show.main, [str(finished), "--out", str(out)], capsys, "notes.html exists")
     shown = in_browser(page)
     if shown:
         assert shown.count('points="10,') == 4 and f"{rewards[0]:.3f}</output>" in shown
@@ -334,6 +338,28 @@ def test_a_photo_is_shown_upright(tmp_path, orientation, turn):
     [found] = common.read_pictures(tmp_path / "lying.png")
     assert (np.asarray(found) == PICTURES[0]).all()
 
+if features.check("avif"):  # Pillow has it from 11.3 on
+    def test_all_pictures_of_an_avif_are_read(tmp_path):
+        first, *others = [Image.fromarray(picture) for picture in GROWING]
+        first.save(tmp_path / "film.avif", save_all=True, append_images=others)
+        found = [np.asarray(picture).mean()
+                 for picture in common.read_pictures(tmp_path / "film.avif")]
+        assert found == pytest.approx(GROWING.mean(axis=(1, 2, 3)), abs=4)
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_can_be_seen_through_is_on_white(tmp_path, mode):
+    """Black that is more and more solid becomes darker."""
+    if mode == "P":
+        image = Image.new("P", (4, 4), 0)
+        image.save(tmp_path / "clear.png", transparency=0)
+        found = common.read_pictures(tmp_path / "clear.png")
+        assert [np.asarray(picture).mean() for picture in found] == [255]
+        return
+    for alpha in (0, 51, 255):
+        colour = (0, 0, 0, alpha) if mode == "RGBA" else (0, alpha)
+        [found] = [common.to_rgb(Image.new(mode, (4, 4), colour))]
+        assert np.asarray(found).shape == (4, 4, 3) and np.unique(found) == [255 - alpha]
+
 def test_a_folder_of_photos(brightness, place, capsys):
     """In the order of their numbers, whatever they end with, each once though it has its thumbnail
     in it, and of any shape: all of each is shown."""
@@ -353,12 +379,14 @@ def test_a_folder_of_photos(brightness, place, capsys):
 @pytest.mark.parametrize("name, content, says", [
     ("clip.mp4", b"", "cannot read"), ("clip.gif", b"GIF89a", "clip.gif"),
     ("clip.mp4", b"no film", "clip.mp4"), ("none.mp4", None, "none.mp4: ValueError: there is no"),
+    ("motion.mjpeg", None, "motion.mjpeg: OSError"),
     ("README.md", b"no film", "cannot read"), ("grey.png", None, "its values are not bytes"),
     (os.devnull, None, "there is no such file"), ("empty", None, "has no pictures in it")])
 def test_films_that_are_not_shown(place, brightness, capsys, name, content, says):
-    """16 bits a pixel among them, and what would keep it waiting."""
+    """16 bits a pixel among them, and what would keep it waiting or read in part."""
     Path("empty").mkdir()
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 999).save("grey.png")
+    Image.new("RGB", (8, 8)).save("motion.mjpeg", "JPEG")  # many of these, one after the other
     if content is not None:
         Path(name).write_bytes(content)
     refuses(show.main, ["run", name, "push", "--out", "reward.gif"], capsys, says)
@@ -472,6 +500,8 @@ def test_many_environments(brightness, mode, expected, shaping):
         [make] * 3, autoreset_mode=gymnasium.vector.AutoresetMode[mode])
     with pytest.raises(vlmrm.InputError, match="wrap each environment"):
         environment.wrap_environment(many, brightness, "go")
+    with pytest.raises(vlmrm.InputError, match="then let Autoreset wrap that"):
+        environment.wrap_environment(gymnasium.wrappers.Autoreset(Grey()), brightness, "go")
     many.reset()
     for reward in expected:
         _, rewards, *_ = many.step(np.zeros(3, int))

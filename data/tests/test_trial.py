@@ -256,11 +256,26 @@ def test_arms_of_a_fold_have_the_same_data():
     """And the code of an arm does not change between its runs; that of others may."""
     code, _ = trial.CODE
     found = {"files": {"hop, fold 1": {"data": "a", code: "1"}}}
-    trial.check_files(found, "r3m", 1, {"data": "a", code: "2"})
-    trial.check_files(found, "r3m", 2, {"data": "b", code: "2"})
-    for arm, files in (("r3m", {"data": "b"}), ("hop", {"data": "a", code: "2"})):
+    trial.check_files(found, "r3m", 1, {"data": "a", code: "2"}, True)
+    trial.check_files(found, "r3m", 2, {"data": "b", code: "2"}, True)
+    trial.check_files(found, "hop", 1, {"data": "a", code: "2"}, False)  # it is complete
+    for arm, files, goes_on in (("r3m", {"data": "b"}, True), ("hop", {"data": "b"}, False),
+                                ("hop", {"data": "a", code: "2"}, True)):
         with pytest.raises(vlmrm.InputError, match="hop, fold 1 was begun with another"):
-            trial.check_files(found, arm, 1, files)
+            trial.check_files(found, arm, 1, files, goes_on)
+
+def test_a_score_is_never_of_nothing():
+    """Without pairs of mixed episodes there is no ranking: said, not chosen by."""
+    assert trial.score({}) == -np.inf
+    with pytest.raises(vlmrm.InputError, match="no task has ranking_accuracy_same_time: reach-v3"):
+        trial.score({"reach-v3": {"voc": 0.5}})
+
+def test_two_processes_keep_what_both_found(tmp_path):
+    path = tmp_path / "guide.json"
+    first = {"gain": {"a": 1}, "plans": {}}
+    assert workers.keep(first, path) == first
+    both = workers.keep({"gain": {"b": 2}, "plans": {"c": 3}}, path)
+    assert both == vlmrm.read_json(path) == {"gain": {"a": 1, "b": 2}, "plans": {"c": 3}}
 
 def test_the_trial_goes_on_with_the_same_files_alone(small, tmp_path, monkeypatch, capsys):
     """Nothing is done twice; and what is left of a fold is not done with other files."""

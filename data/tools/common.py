@@ -63,6 +63,26 @@ def markdown_table(rows: list[list[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+def is_film(path: Path) -> bool:
+    """Whether a file is none for Pillow, which would read the first picture of motion JPEG."""
+    if path.suffix.lower() in (".mjpeg", ".mjpg"):
+        return True
+    try:
+        with Image.open(path) as image:
+            return image.format == "MPEG"
+    except UnidentifiedImageError:
+        return True
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright, RGB; what can be seen through is on white. Raises ValueError."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError("its values are not bytes")
+    image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
 def read_pictures(path: Path):
     """Yield the pictures of a film, an image or a folder of numbered images, PIL's, upright, RGB.
     Raises InputError."""
@@ -71,18 +91,16 @@ def read_pictures(path: Path):
             yield from read_pictures(file)
         return
     with vlmrm.reading(path):
-        try:
-            image = Image.open(path)
-            images = [image]
-            if image.format in ("GIF", "PNG", "TIFF", "WEBP"):  # a photo may have its thumbnail
-                images = ImageSequence.Iterator(image)
-        except UnidentifiedImageError:  # a film: its own pictures, none twice to fill up seconds
+        if is_film(path):  # its own pictures, none twice to fill up seconds
             images = map(Image.fromarray, imageio.imiter(
                 path, plugin="FFMPEG", output_params=["-fps_mode", "passthrough"]))
+        else:
+            image = Image.open(path)
+            images = [image]
+            if image.format in ("AVIF", "GIF", "PNG", "TIFF", "WEBP"):  # not a photo's thumbnail
+                images = ImageSequence.Iterator(image)
         for image in images:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("its values are not bytes")
-            yield ImageOps.exif_transpose(image).convert("RGB")
+            yield to_rgb(image)
 
 def check_names(tasks) -> None:
     """Raise InputError for tasks of one's own that have the name of one that nobody trains on."""

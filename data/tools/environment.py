@@ -35,6 +35,8 @@ def wrap_environment(env, model, instruction: str, render=None, shaping: bool = 
     model.check_sentence(instruction)
     if isinstance(env, gymnasium.vector.VectorEnv):
         raise vlmrm.InputError("wrap each environment, then make a vector of them")
+    if "<Autoreset<" in str(env):  # its step after the end is a reset, which has no reward
+        raise vlmrm.InputError("wrap the environment first, then let Autoreset wrap that")
     render = render or env.render
 
     def look() -> float:

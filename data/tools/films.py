@@ -9,7 +9,9 @@ show it failing. Whatever imageio reads will do: mp4, gif, webm. towel.json has 
     {"fold-towel": {"instruction": "fold the towel", "paraphrases": ["fold up the towel",
      "put one half of the towel on the other", "make the towel half as large"]}}
 
-Nobody knows the rewards: there is VOC, with failures success AUROC, and no ranking accuracy.
+Nobody knows the rewards: there is VOC, with failures success AUROC, and no ranking accuracy. Where
+nothing moves VOC is the order of the compression's noise, anything from -1 to 1: leave such films
+out. A film whose file was cut off looks like a short one.
 """
 import common  # first: it knows where vlmrm.py is
 import vlmrm

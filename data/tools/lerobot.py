@@ -135,10 +135,7 @@ def read_cells(path: Path, camera: str):
     """Yield the pictures in a table. Raises InputError."""
     with vlmrm.reading(path):
         for cell in read_table(path, camera)[camera]:
-            picture = Image.open(io.BytesIO(cell["bytes"].as_py()))  # unpacked if it is wanted
-            if picture.mode.startswith(("I", "F")):
-                raise ValueError("its values are not bytes")
-            yield picture
+            yield Image.open(io.BytesIO(cell["bytes"].as_py()))  # unpacked if it is wanted
 
 def look(episodes: list[dict], size: int, count: int = None):
     """Yield of each episode: itself, steps of it (all, or a count, evenly), and the pictures there,
@@ -161,7 +158,7 @@ def look(episodes: list[dict], size: int, count: int = None):
                 raise vlmrm.InputError(f"{path} ends in episode {episode['episode_index']}")
             if step in steps:
                 with vlmrm.reading(path):
-                    kept.append(np.asarray(picture.convert("RGB").resize((size, size))))
+                    kept.append(np.asarray(common.to_rgb(picture).resize((size, size))))
         if episode["last"] and next(pictures, None):
             raise vlmrm.InputError(f"{path} has more pictures than its episodes")
         yield episode, steps, np.stack(kept)

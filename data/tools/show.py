@@ -121,6 +121,8 @@ def draw_page(args) -> None:
     out = args.out or run / "page.html"
     if out.suffix.lower() != ".html":
         raise vlmrm.InputError(f"{out} must end with .html, or name a film to draw")
+    if args.out:  # the run's own page is drawn anew
+        common.check_outputs(out)
     model = vlmrm.load_reward_model(run)
     config = vlmrm.read_json(run / "config.json")
     data = vlmrm.Dataset(config["data"])
