@@ -1439,7 +1439,8 @@ def reader(finished, tmp_path_factory):
     (folder / "runs").mkdir()
     (folder / "data").symlink_to(HERE / "data")
     (folder / "runs" / "triplet-seed0").symlink_to(finished[0])
-    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL):
+    (folder / "mine").mkdir()
+    for name, code in re.findall(r"```python\n# (mine/\w+\.py)\n(.*?)```", README, re.DOTALL):
         (folder / name).write_text(code)
     return folder
 

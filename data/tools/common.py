@@ -102,6 +102,13 @@ def read_pictures(path: Path):
         for image in images:
             yield to_rgb(image)
 
+def tell_untested(episodes: list[dict]) -> None:
+    """Print what of a task is too little for one to be left for the test, after assign_splits()."""
+    for source, what in (("expert", "successful"), ("mixed", "failing")):
+        splits = [episode["split"] for episode in episodes if episode["source"] == source]
+        if splits and "test" not in splits:
+            print(f"{episodes[0]['task']}: only {len(splits)} {what}, none is left for the test")
+
 def check_names(tasks) -> None:
     """Raise InputError for tasks of one's own that have the name of one that nobody trains on."""
     for task in tasks:
