@@ -642,9 +642,7 @@ def work(args) -> None:
         return
     name = "all" if args.fold is None else f"fold{args.fold}"
     args.out = args.out or Path("runs/starts") / f"{name}.safetensors"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.out.exists():
-        raise vlmrm.InputError(f"{args.out} exists: delete it, or choose another --out")
+    common.check_outputs(args.out)
     train(args)
 
 def parser() -> common.Parser:

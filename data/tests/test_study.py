@@ -380,7 +380,7 @@ def test_the_tiny_clip_is_trained_on_scenes(tmp_path, monkeypatch, capsys):
     vlmrm.build_backbone("tiny", str(tmp_path / "one"))
     capsys.readouterr()
     assert train("two") == 2  # 45 minutes in earnest
-    one_line(capsys, "two exists: delete it", "scenes")
+    one_line(capsys, "two exists, or is asked for twice: delete it", "scenes")
     with safetensors.safe_open(tmp_path / "one", "np") as file:
         made_of = json.loads(file.metadata()["made_of"])
     assert made_of == {"environments": ["drawer-open-v3"], "seed": 0, "steps": 2}

@@ -63,15 +63,18 @@ def markdown_table(rows: list[list[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-def is_film(path: Path) -> bool:
-    """Whether a file is none for Pillow, which would read the first picture of motion JPEG."""
+def open_image(path: Path):
+    """An image as Pillow opens it, or None for a film, which is not for Pillow: of motion JPEG it
+    would read the first picture."""
     if path.suffix.lower() in (".mjpeg", ".mjpg"):
-        return True
+        return None
     try:
-        with Image.open(path) as image:
-            return image.format == "MPEG"
+        image = Image.open(path)
     except UnidentifiedImageError:
-        return True
+        return None
+    if image.format == "MPEG":
+        return None
+    return image
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright, RGB; what can be seen through is on white. Raises ValueError."""
@@ -91,23 +94,25 @@ def read_pictures(path: Path):
             yield from read_pictures(file)
         return
     with vlmrm.reading(path):
-        if is_film(path):  # its own pictures, none twice to fill up seconds
+        image = open_image(path)
+        if image is None:  # its own pictures, none twice to fill up seconds
             images = map(Image.fromarray, imageio.imiter(
                 path, plugin="FFMPEG", output_params=["-fps_mode", "passthrough"]))
+        elif image.format in ("AVIF", "GIF", "PNG", "TIFF", "WEBP"):  # a photo may have a thumbnail
+            images = ImageSequence.Iterator(image)
         else:
-            image = Image.open(path)
             images = [image]
-            if image.format in ("AVIF", "GIF", "PNG", "TIFF", "WEBP"):  # not a photo's thumbnail
-                images = ImageSequence.Iterator(image)
         for image in images:
             yield to_rgb(image)
 
-def tell_untested(episodes: list[dict]) -> None:
-    """Print what of a task is too little for one to be left for the test, after assign_splits()."""
+def split_episodes(episodes: list[dict]) -> list[dict]:
+    """Give each episode of one task its split, and print what is too little for the test."""
+    vlmrm.assign_splits(episodes)
     for source, what in (("expert", "successful"), ("mixed", "failing")):
         splits = [episode["split"] for episode in episodes if episode["source"] == source]
         if splits and "test" not in splits:
             print(f"{episodes[0]['task']}: only {len(splits)} {what}, none is left for the test")
+    return episodes
 
 def check_names(tasks) -> None:
     """Raise InputError for tasks of one's own that have the name of one that nobody trains on."""

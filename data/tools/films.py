@@ -78,8 +78,7 @@ def make_dataset(args) -> None:
             group.append({
                 "task": task, "source": source, "seed": k, "steps": steps, "success": success,
                 "rewards": np.zeros(args.frames), "strip": vlmrm.pack_pictures(pictures)})
-        episodes += vlmrm.assign_splits(group)
-        common.tell_untested(group)
+        episodes += common.split_episodes(group)
     vlmrm.write_dataset(args.out, episodes)
     print(f"wrote {len(episodes)} films of {len(tasks)} tasks to {args.out}")
 

@@ -194,10 +194,7 @@ def read(args) -> None:
             "seed": episode["episode_index"], "strip": vlmrm.pack_pictures(pictures),
             "rewards": np.float32(columns["next.reward"])[steps],
             "success": np.logical_or.reduceat(columns["next.success"], since)})
-    dataset = []
-    for group in groups.values():
-        dataset += vlmrm.assign_splits(group)
-        common.tell_untested(group)
+    dataset = sum(map(common.split_episodes, groups.values()), [])
     vlmrm.write_dataset(args.out, dataset)
     instructions = {task: {"instruction": sentence, "paraphrases": [sentence] * 3}
                     for sentence, task in names.items()}
