@@ -751,95 +751,6 @@ OBJECTIVES = {
     "zeroshot": (None, 1e-3, {}, True),  # the backbone as it is: no rate is used
 }
 
-@contextlib.contextmanager
-def running(name: str):
-    """Turn what goes wrong in a reader's own objective into one line that says where."""
-    try:
-        yield
-    except (Exception, SystemExit) as problem:
-        where = name
-        for call in traceback.extract_tb(problem.__traceback__):
-            if call.filename == name:
-                where = f"{name}, line {call.lineno}"
-        if name in OBJECTIVES or isinstance(problem, InputError):
-            raise
-        if isinstance(problem, OSError) and where == name:  # not in the file: a full disk, say
-            raise
-        raise InputError(f"{where}: {type(problem).__name__}: {problem}") from problem
-
-def is_readers_own(module):
-    """Whether a module is neither Python's nor an installed package's."""
-    python = Path(os.__file__).parent
-    for place in (getattr(module, "__file__", None), *getattr(module, "__path__", [])):
-        if place and not {"site-packages", "dist-packages"} & set(Path(place).parts):
-            if python not in Path(place).parents:
-                return True
-    return False
-
-@contextlib.contextmanager
-def undone(path: str):
-    """Undo what a reader's file does beside defining: other objectives run in this process, too.
-    Raises InputError if it changes this module."""
-    tables = (OBJECTIVES, METRICS, RANGES, TINY, PER_EPISODE, PER_PICTURE)
-    contents = copy.deepcopy(tables)
-    ours = dict(globals())
-    classes = {kind: dict(vars(kind)) for kind in (RewardModel, Dataset, LoRA)}
-    modules = set(sys.modules)
-    folders = sys.path.copy()
-    working = os.getcwd()
-    dtype = torch.get_default_dtype()
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        changed = [name for name in ours if globals()[name] is not ours[name]]
-        globals().update(ours)
-        for kind, methods in classes.items():
-            for name, method in methods.items():
-                if vars(kind).get(name) is not method:
-                    setattr(kind, name, method)
-                    changed.append(f"{kind.__name__}.{name}")
-        for table, content in zip(tables, contents):
-            if table != content:
-                table.clear()
-                table.update(content)
-                changed.append("OBJECTIVES, or another table")
-        sys.path[:] = folders
-        os.chdir(working)
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        for name in set(sys.modules) - modules:  # another folder may have one of the same name
-            if is_readers_own(sys.modules[name]):
-                del sys.modules[name]
-    if changed:
-        raise InputError(f"{path} changes vlmrm.{changed[0]}, and so its rivals")
-
-def get_objective(name: str):
-    """What a name in OBJECTIVES, or a Python file, defines. A file has at least one of
-        loss(frames, texts, times)                     see above
-        reward(frames (E, T, D), text (D,)) -> (E, T)  under test in place of the cosine
-        TUNED = (learning rate, {constant: value})     handed to the loss
-        LABELS = "rewards"                             times (B, K) are the simulator's rewards
-        COSINE = False                                 the loss does not read the sentence
-    A loss has no memory and draws random numbers from torch alone: a run that was stopped would go
-    on with others. Raises InputError."""
-    if name in OBJECTIVES:
-        loss, rate, constants, reads = OBJECTIVES[name]
-        defined = {"loss": loss, "TUNED": (rate, constants), "COSINE": reads}
-    else:
-        with running(name), undone(name):
-            defined = runpy.run_path(name)
-        if "loss" not in defined and "reward" not in defined:
-            raise InputError(f"{name} defines neither loss() nor reward()")
-        if defined.setdefault("LABELS", "times") not in ("times", "rewards"):
-            raise InputError(f"{name}: LABELS must be times or rewards")
-        if not isinstance(defined.get("COSINE", True), bool):
-            raise InputError(f"{name}: COSINE must be True or False")
-        if isinstance(defined.get("loss"), nn.Module):
-            raise InputError(f"{name}: nobody trains the weights of a loss. Make it a function")
-    return {"loss": None, "reward": cosine_reward, "TUNED": (2e-3, {}), "LABELS": "times",
-            "COSINE": "reward" not in defined, **defined}
-
 # 4. The training loop --------------------------------------
 # A step: draw a batch, embed it, ask the objective for its number, move the weights. The learning
 # rate climbs first, while AdamW's averages are new, and falls to 0, so that the last steps settle.
@@ -1181,6 +1092,97 @@ def checksums(config: dict) -> dict[str, str]:
             files = sorted(file for file in path.parent.glob("[!.]*.py") if file.is_file())
         found[name] = digest(*files)
     return found
+
+# An objective may be a reader's own file. Most of this keeps it from changing its rivals unseen.
+
+@contextlib.contextmanager
+def running(name: str):
+    """Turn what goes wrong in a reader's own objective into one line that says where."""
+    try:
+        yield
+    except (Exception, SystemExit) as problem:
+        where = name
+        for call in traceback.extract_tb(problem.__traceback__):
+            if call.filename == name:
+                where = f"{name}, line {call.lineno}"
+        if name in OBJECTIVES or isinstance(problem, InputError):
+            raise
+        if isinstance(problem, OSError) and where == name:  # not in the file: a full disk, say
+            raise
+        raise InputError(f"{where}: {type(problem).__name__}: {problem}") from problem
+
+def is_readers_own(module):
+    """Whether a module is neither Python's nor an installed package's."""
+    python = Path(os.__file__).parent
+    for place in (getattr(module, "__file__", None), *getattr(module, "__path__", [])):
+        if place and not {"site-packages", "dist-packages"} & set(Path(place).parts):
+            if python not in Path(place).parents:
+                return True
+    return False
+
+@contextlib.contextmanager
+def undone(path: str):
+    """Undo what a reader's file does beside defining: other objectives run in this process, too.
+    Raises InputError if it changes this module."""
+    tables = (OBJECTIVES, METRICS, RANGES, TINY, PER_EPISODE, PER_PICTURE)
+    contents = copy.deepcopy(tables)
+    ours = dict(globals())
+    classes = {kind: dict(vars(kind)) for kind in (RewardModel, Dataset, LoRA)}
+    modules = set(sys.modules)
+    folders = sys.path.copy()
+    working = os.getcwd()
+    dtype = torch.get_default_dtype()
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        changed = [name for name in ours if globals()[name] is not ours[name]]
+        globals().update(ours)
+        for kind, methods in classes.items():
+            for name, method in methods.items():
+                if vars(kind).get(name) is not method:
+                    setattr(kind, name, method)
+                    changed.append(f"{kind.__name__}.{name}")
+        for table, content in zip(tables, contents):
+            if table != content:
+                table.clear()
+                table.update(content)
+                changed.append("OBJECTIVES, or another table")
+        sys.path[:] = folders
+        os.chdir(working)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        for name in set(sys.modules) - modules:  # another folder may have one of the same name
+            if is_readers_own(sys.modules[name]):
+                del sys.modules[name]
+    if changed:
+        raise InputError(f"{path} changes vlmrm.{changed[0]}, and so its rivals")
+
+def get_objective(name: str):
+    """What a name in OBJECTIVES, or a Python file, defines. A file has at least one of
+        loss(frames, texts, times)                     see section 3
+        reward(frames (E, T, D), text (D,)) -> (E, T)  under test in place of the cosine
+        TUNED = (learning rate, {constant: value})     handed to the loss
+        LABELS = "rewards"                             times (B, K) are the simulator's rewards
+        COSINE = False                                 the loss does not read the sentence
+    A loss has no memory and draws random numbers from torch alone: a run that was stopped would go
+    on with others. Raises InputError."""
+    if name in OBJECTIVES:
+        loss, rate, constants, reads = OBJECTIVES[name]
+        defined = {"loss": loss, "TUNED": (rate, constants), "COSINE": reads}
+    else:
+        with running(name), undone(name):
+            defined = runpy.run_path(name)
+        if "loss" not in defined and "reward" not in defined:
+            raise InputError(f"{name} defines neither loss() nor reward()")
+        if defined.setdefault("LABELS", "times") not in ("times", "rewards"):
+            raise InputError(f"{name}: LABELS must be times or rewards")
+        if not isinstance(defined.get("COSINE", True), bool):
+            raise InputError(f"{name}: COSINE must be True or False")
+        if isinstance(defined.get("loss"), nn.Module):
+            raise InputError(f"{name}: nobody trains the weights of a loss. Make it a function")
+    return {"loss": None, "reward": cosine_reward, "TUNED": (2e-3, {}), "LABELS": "times",
+            "COSINE": "reward" not in defined, **defined}
 
 def configuration(args, objective: str, seed: int):
     """What decides the outcome of a run: options, constants, checksums of all files involved."""
