@@ -14,7 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import vlmrm
-from tables import COLUMNS, CONTROLS, guide_scores, in_order, interval, load, trial_scores
+from tables import (
+    COLUMNS, CONTROLS, groups_of, guide_scores, in_order, interval, load, trial_scores)
+from trial import ARMS
 from workers import RESULTS
 
 BLUE = "#30638e"
@@ -110,10 +112,13 @@ def draw_guide(scores: dict, path: Path) -> None:
 
 def work(args) -> None:
     """Draw all of them."""
-    choices, runs = load(RESULTS)
-    scores = trial_scores(runs, choices)
-    draw_comparison(scores, RESULTS / "comparison.png")
-    draw_kept(scores, RESULTS / "kept.png")
+    _, runs = load(RESULTS)
+    groups = groups_of(runs)
+    folds, arms = next(iter(groups.items()))  # of all folds
+    draw_comparison(trial_scores(runs, arms, folds), RESULTS / "comparison.png")
+    shared = set.intersection(*map(set, groups))
+    tested = [arm for arm in ARMS if any(arm in arms for arms in groups.values())]
+    draw_kept(trial_scores(runs, tested, shared), RESULTS / "kept.png")
     draw_guide(guide_scores(vlmrm.read_json(RESULTS / "guide.json")), RESULTS / "guide.png")
 
 if __name__ == "__main__":

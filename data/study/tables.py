@@ -24,7 +24,7 @@ from workers import RESULTS
 PAGES = (vlmrm.DATA.parent / "README.md", RESULTS / "README.md")
 SAME = "ranking_accuracy_same_time"
 OPPOSITE = "VOC under the opposite sentence (lower is better)"
-NEEDED = ("triplet", "r3m", "zeroshot", *CANDIDATES)  # for the planned questions
+NEEDED = ("triplet", "r3m", "zeroshot")  # a fold with these answers the first question
 COLUMNS = {"VOC": "voc", OPPOSITE: "voc_opposite",
            "ranking at the same time": SAME, "retrieval": "retrieval_top1",
            "success (AUROC)": "success_auroc", "VOC, paraphrased": "voc_paraphrase"}
@@ -48,14 +48,20 @@ def is_whole(runs: dict, arm: str, fold: int) -> bool:
             return False
     return True
 
-def folds_of(runs: dict) -> list[int]:
-    """The folds that can answer the planned questions."""
-    return [fold for fold in range(5) if all(is_whole(runs, arm, fold) for arm in NEEDED)]
+def folds_of(runs: dict, *arms: str) -> list[int]:
+    """The folds in which these arms were tested, and those that every fold needs."""
+    return [fold for fold in range(5)
+            if all(is_whole(runs, arm, fold) for arm in (*NEEDED, *arms))]
 
-def arms_of(runs: dict) -> list[str]:
-    """The arms that have been tested in all of these folds."""
-    folds = folds_of(runs)
-    return [arm for arm in ARMS if all(is_whole(runs, arm, fold) for fold in folds)]
+def groups_of(runs: dict) -> dict[tuple, list[str]]:
+    """The arms that were tested in the same folds, {folds: arms}, those of all folds first. Each
+    group has triplet, to compare with on the same tasks."""
+    groups = {tuple(folds_of(runs)): []}
+    for arm in ARMS:
+        folds = tuple(folds_of(runs, arm))
+        if folds:
+            groups.setdefault(folds, ["triplet"]).append(arm)
+    return groups
 
 def over_seeds(runs: dict, arm: str, fold: int) -> dict[str, dict]:
     """The scores of an arm in a fold, means over its seeds: {metric: {task: score}}."""
@@ -71,16 +77,27 @@ def over_seeds(runs: dict, arm: str, fold: int) -> dict[str, dict]:
             by_task[task] = float(np.mean(values))
     return found
 
-def trial_scores(runs: dict, choices: dict) -> dict[str, dict]:
-    """{arm: {metric: {task: score}}}, tasks of all folds. "ours" is what the rule takes in each."""
+def over_folds(runs: dict, arms: dict[int, str]) -> dict[str, dict]:
+    """The scores of the arm that is named for each fold: {metric: {task: score}}."""
+    scores = {metric: {} for metric in [*COLUMNS.values(), "pairs_same_time"]}
+    for fold, arm in arms.items():
+        for metric, by_task in over_seeds(runs, arm, fold).items():
+            if metric in scores:
+                scores[metric].update(by_task)
+    return scores
+
+def trial_scores(runs: dict, arms: list[str], folds) -> dict[str, dict]:
+    """{arm: {metric: {task: score}}} on the tasks of these folds."""
+    return {arm: over_folds(runs, dict.fromkeys(folds, arm)) for arm in arms}
+
+def planned_scores(runs: dict, choices: dict) -> dict[str, dict]:
+    """The same of the arms that the planned questions are about, each in all folds that it was
+    tested in. "ours" is what the rule takes in a fold that has all candidates."""
     scores = {}
-    for arm in [*arms_of(runs), "ours"]:
-        scores[arm] = {metric: {} for metric in [*COLUMNS.values(), "pairs_same_time"]}
-        for fold in folds_of(runs):
-            chosen = ours(choices, fold) if arm == "ours" else arm
-            for metric, by_task in over_seeds(runs, chosen, fold).items():
-                if metric in scores[arm]:
-                    scores[arm][metric].update(by_task)
+    for arm in ("triplet", "r3m", "zeroshot", "triplet + directions"):
+        scores |= trial_scores(runs, [arm], folds_of(runs, arm))
+    chosen = {fold: ours(choices, fold) for fold in folds_of(runs, *CANDIDATES)}
+    scores["ours"] = over_folds(runs, chosen)
     return scores
 
 # 2. Comparisons -----------------------------------------------------------------------------------
@@ -172,7 +189,18 @@ def in_order(scores: dict) -> list[str]:
     def place(arm):
         return arm in CONTROLS, -np.mean(list(scores[arm]["voc"].values()))
 
-    return sorted(set(scores) - {"ours"}, key=place)
+    return sorted(scores, key=place)
+
+def grouped(runs: dict, make) -> str:
+    """One table for each group of arms: make(scores, folds). Folds stand above if they differ."""
+    groups = groups_of(runs)
+    parts = []
+    for folds, arms in groups.items():
+        text = make(trial_scores(runs, arms, folds), folds)
+        if len(groups) > 1:
+            text = f"Folds tested: {', '.join(map(str, folds))}\n\n{text}"
+        parts.append(text)
+    return "\n\n".join(parts)
 
 def short_table(scores: dict, chosen: set[str]) -> str:
     """The arms, but for candidates of three terms, in three columns."""
@@ -187,7 +215,7 @@ def with_counts(scores: dict, titles) -> list[str]:
     """Titles with the number of tasks that have the metric."""
     return [f"{title} ({len(scores['triplet'][COLUMNS[title]])})" for title in titles]
 
-def trial_table(scores: dict, choices: dict, chosen: set[str], folds: list[int]) -> str:
+def trial_table(scores: dict, choices: dict, chosen: set[str], folds) -> str:
     """Every arm on the tasks that it had not seen, how far its VOC is from triplet's, and the
     scores of its eight settings on the judges: worst, median and best."""
     titles = ["objective (tasks)", *with_counts(scores, COLUMNS), "VOC minus triplet's",
@@ -202,7 +230,7 @@ def trial_table(scores: dict, choices: dict, chosen: set[str], folds: list[int])
         rows.append(row + [away, spread(choices, arm, folds)])
     return table(titles, rows)
 
-def spread(choices: dict, arm: str, folds: list[int]) -> str:
+def spread(choices: dict, arm: str, folds) -> str:
     """The scores of the eight settings of an arm, of all folds: worst, median, best."""
     if not ARMS[arm][0]:
         return ""  # nothing is trained
@@ -228,11 +256,11 @@ def planned_table(found: dict) -> str:
     return table(["question", "tasks", "mean", "95 % interval", "90 %", "median", "tasks with more",
                   "p, sign flips", "p, Wilcoxon", "so"], rows)
 
-def settings_table(choices: dict, arms: list[str], folds: list[int]) -> str:
+def settings_table(choices: dict, runs: dict) -> str:
     """What was chosen for each arm in each fold."""
     rows = []
-    for arm, fold in itertools.product(arms, folds):
-        if not ARMS[arm][0]:
+    for arm, fold in itertools.product(ARMS, folds_of(runs)):
+        if not ARMS[arm][0] or fold not in folds_of(runs, arm):
             continue
         best = best_setting(choices, arm, fold)
         setting = settings_of(arm)[best]
@@ -246,18 +274,19 @@ def settings_table(choices: dict, arms: list[str], folds: list[int]) -> str:
         rows.append(row)
     return table(["objective", "fold", "trained", "rate", "steps", "constants", "score"], rows)
 
-def counts_sentences(scores: dict, choices: dict, folds: list[int]) -> str:
+def counts_sentences(scores: dict, choices: dict, runs: dict) -> str:
     """What the trial rests on so far, and what the rule for ours did."""
+    judged = folds_of(runs, *CANDIDATES)
     pairs = sorted(scores["zeroshot"]["pairs_same_time"].values())
     few = sum(count < vlmrm.FEWEST_PAIRS for count in pairs)
     kept = []
-    for fold, arm in itertools.product(folds, CANDIDATES):
+    for fold, arm in itertools.product(judged, CANDIDATES):
         kept += list(reads(choices, arm, fold))
-    text = (f"{len(folds)} of 5 folds are there: {len(pairs)} tasks with {np.median(pairs):,.0f} "
+    text = (f"{len(folds_of(runs))} of 5 folds are there: {len(pairs)} tasks with {np.median(pairs):,.0f} "
             f"pairs of frames at the same time in the median, {pairs[0]:,.0f} at least; {few} of "
             f"them have fewer than {vlmrm.FEWEST_PAIRS}. Of the candidates' {len(kept)} "
             f"settings {sum(kept)} kept four fifths of the start's gap on the judges. Ours is")
-    for fold in folds:
+    for fold in judged:
         text += f" `{ours(choices, fold)}` in fold {fold},"
     return text.rstrip(",") + "."
 
@@ -406,16 +435,16 @@ def tables(root: Path) -> dict[str, str]:
     folds = folds_of(runs)
     if not folds:
         raise vlmrm.InputError(f"no fold is whole in {root / 'trial.json'}")
-    scores = trial_scores(runs, choices)
-    chosen = {ours(choices, fold) for fold in folds}
+    scores = planned_scores(runs, choices)
+    chosen = {ours(choices, fold) for fold in folds_of(runs, *CANDIDATES)}
     found = planned(scores, chosen)
     return {
         "result": result_sentence(scores, found, folds),
-        "short": short_table(scores, chosen),
-        "counts": counts_sentences(scores, choices, folds),
+        "short": grouped(runs, lambda part, _: short_table(part, chosen)),
+        "counts": counts_sentences(scores, choices, runs),
         "planned": planned_table(found),
-        "trial": trial_table(scores, choices, chosen, folds),
-        "settings": settings_table(choices, arms_of(runs), folds),
+        "trial": grouped(runs, lambda part, folds: trial_table(part, choices, chosen, folds)),
+        "settings": settings_table(choices, runs),
         "default": (root / "default.md").read_text(encoding="utf-8"),
         "benchmark": benchmark_table(vlmrm.read_json(root / "benchmark.json")),
         **guide_tables(vlmrm.read_json(root / "guide.json"))}

@@ -2,6 +2,7 @@
 import vlmrm  # before torch: see there
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -94,9 +95,10 @@ def test_the_shipped_start_has_not_seen_the_unseen_tasks():
 def test_the_saved_trial_is_whole():
     """In each fold every arm that was tested has all its settings and seeds, on the right tasks."""
     choices, runs = tables.load(RESULTS)
-    assert tables.folds_of(runs) and set(tables.NEEDED) <= set(tables.arms_of(runs))
-    for fold in tables.folds_of(runs):
-        for arm in tables.arms_of(runs):
+    groups = tables.groups_of(runs)
+    assert set(trial.CANDIDATES) <= set(groups[tuple(tables.folds_of(runs))])
+    for folds, arms in groups.items():
+        for fold, arm in itertools.product(folds, arms):
             trained = trial.ARMS[arm][0] is not None
             for seed in range(trial.SEEDS if trained else 1):
                 assert set(runs[f"{arm}, fold {fold}, seed {seed}"]) == set(scenes.left_out(fold))
@@ -131,7 +133,7 @@ def made_runs(**voc):
     default 0; in fold 2 it is .1 more. Tasks a, b and c, d, whose VOC under the opposite sentence
     is 1 less; the ranking is .5 and rests on 900 pairs, but for b with 60 and d with 3."""
     runs = {}
-    for arm in (*tables.NEEDED, *trial.CONTROLS):
+    for arm in (*tables.NEEDED, *trial.CANDIDATES, *trial.CONTROLS):
         for seed, score in enumerate(voc.get(arm, (0.0, 0.0, 0.0))):
             if trial.ARMS[arm][0] or seed == 0:
                 for fold, tasks in ((0, "ab"), (2, "cd")):
@@ -154,20 +156,36 @@ def two_ours(monkeypatch):
     monkeypatch.setattr(tables, "reads", lambda *_: np.arange(8) % 2 == 0)
 
 def test_scores_are_means_over_seeds_of_whole_folds(two_ours):
-    """liv was tested in one fold only; in fold 3 an arm lacks a seed, in 4 one has diverged."""
+    """In fold 3 an arm that is needed lacks a seed, in 4 one has diverged."""
     runs = made_runs(triplet=(0.1, 0.2, 0.6))
-    runs["liv, fold 0, seed 0"] = runs["r3m, fold 0, seed 0"]
     for name in list(runs):
         if ", fold 0, " in name and not name.startswith("r3m, fold 0, seed 2"):
             runs[name.replace("fold 0", "fold 3")] = runs[name]
             runs[name.replace("fold 0", "fold 4")] = runs[name]
     runs["r3m, fold 4, seed 2"] = {}
     assert tables.folds_of(runs) == [0, 2]
-    assert set(tables.arms_of(runs)) == {*tables.NEEDED, *trial.CONTROLS}
-    scores = tables.trial_scores(runs, {})
+    scores = tables.planned_scores(runs, {})
     assert scores["triplet"]["voc"] == pytest.approx({"a": 0.3, "b": 0.3, "c": 0.4, "d": 0.4})
     assert scores["triplet"]["voc_opposite"]["a"] == pytest.approx(-0.7)
     assert set(scores["ours"]["voc"]) == {"a", "b"}  # of the fold that has one
+
+def test_arms_of_fewer_folds_have_a_table_of_their_own(two_ours):
+    """liv was tested in fold 0 only, and anchored not at all in fold 2. Ours is asked of fold 0."""
+    runs = made_runs(triplet=(0.1, 0.2, 0.6))
+    for seed in range(3):
+        runs[f"liv, fold 0, seed {seed}"] = runs[f"r3m, fold 0, seed {seed}"]
+        del runs[f"anchored, fold 2, seed {seed}"]
+    every, some = tables.groups_of(runs).items()
+    assert every[0] == (0, 2) and some == ((0,), ["triplet", "liv", "anchored"])
+    assert {"triplet", "r3m", "triplet + keep", "clock"} < set(every[1])
+    assert not {"liv", "anchored"} & set(every[1])
+    assert set(tables.planned_scores(runs, {})["ours"]["voc"]) == {"a", "b"}
+    text = tables.grouped(runs, lambda scores, _: tables.short_table(scores, set()))
+    first, second = text.split("Folds tested: 0\n\n")
+    assert first.startswith("Folds tested: 0, 2\n\n| objective (tasks) | VOC (4) |")
+    assert second.splitlines()[0].startswith("| objective (tasks) | VOC (2) |")
+    assert second.splitlines()[2:] == ["| `triplet` | 0.30 | -0.70 | 0.50 |",
+                                       "| `liv` | 0.00 | -1.00 | 0.50 |"]
 
 def test_tables_by_hand(two_ours):
     """Triplet has .3, .3, .4, .4, the others 0, 0, .1, .1: its lead is .3 on each of four tasks, of
@@ -176,22 +194,23 @@ def test_tables_by_hand(two_ours):
     choices = {f"{arm}, fold {fold}, setting {k}": {"a": {"voc": k / 10, tables.SAME: 0.5}}
                for arm in trial.ARMS for fold in (0, 2) for k in range(8)}
     choices["r3m, fold 2, setting 0"] = {}  # it diverged
-    scores = tables.trial_scores(runs, choices)
+    scores = tables.planned_scores(runs, choices)
     found = tables.planned(scores, {"triplet + keep", "none"})
     lines = tables.planned_table(found).splitlines()
     assert lines[2].startswith("| `triplet` minus `r3m`, VOC | 4 | +0.300 | [+0.300, +0.300] |")
     assert lines[2].endswith("| +0.300 | 4 | 0.125 | 0.125 | more |")
     assert lines[4].startswith("| `ours` minus `triplet`, VOC | 2 | -0.300 |")
     assert lines[4].endswith("| less |")
-    short = tables.short_table(scores, {"triplet + keep", "none"}).splitlines()
+    everywhere = tables.trial_scores(runs, tables.groups_of(runs)[0, 2], (0, 2))
+    short = tables.short_table(everywhere, {"triplet + keep", "none"}).splitlines()
     assert short[2] == "| `triplet` | 0.35 | -0.65 | 0.50 |"
     assert short[-1].endswith("` (control) | 0.05 | -0.95 | 0.50 |")
-    text = tables.trial_table(scores, choices, {"triplet"}, [0, 2])
+    text = tables.trial_table(everywhere, choices, {"triplet"}, [0, 2])
     assert "| objective (tasks) | VOC (4) | VOC under the opposite" in text
     assert "| `triplet` (the rule's choice) | 0.35 | -0.65 | 0.50 | 0.25 |" in text
     assert " |  |  |  | 0.00, 0.17, 0.35 |" in text  # (.15 + .20) / 2
     assert "| -0.30 [-0.30, -0.30] | diverged, 0.17, 0.35 |" in text
-    counts = tables.counts_sentences(scores, choices, [0, 2])
+    counts = tables.counts_sentences(scores, choices, runs)
     assert "4 tasks with 480 pairs" in counts
     assert "3 at least; 1 of them have fewer than 50" in counts
     assert "`triplet + keep` in fold 0, `none` in fold 2." in counts
