@@ -823,6 +823,31 @@ def test_real_architectures_from_a_checkpoint(name, mean, toy, tmp_path, monkeyp
     with pytest.raises(vlmrm.InputError, match="weights of its backbone"):
         vlmrm.load_reward_model(tmp_path, device="cpu")
 
+OPENAI, HALF = open_clip.OPENAI_DATASET_MEAN, (0.5, 0.5, 0.5)
+
+@pytest.mark.parametrize("name, tag, quick_gelu, mean", [
+    ("ViT-B-32", "openai", True, OPENAI), ("ViT-B-32-quickgelu", "openai", True, OPENAI),
+    ("ViT-B-32", "laion2b_s34b_b79k", False, OPENAI), ("ViT-B-32", "a.pt", False, OPENAI),
+    ("ViT-L-14", "laion2b_s32b_b82k", False, HALF), ("ViT-L-14", "openai", True, OPENAI),
+    ("ViT-L-14", "none", False, OPENAI)])
+def test_activation_and_colours_are_those_of_the_weights(
+        name, tag, quick_gelu, mean, tmp_path, monkeypatch):
+    """Also when a run of all weights is loaded, which brings its own."""
+    asked = []
+    monkeypatch.setattr(open_clip, "create_model", lambda name, weights, **options:
+                        asked.append((weights, options)))
+    monkeypatch.setattr(vlmrm, "RewardModel", lambda *parts: parts)
+    for load, weights in ((True, None if tag == "none" else tag), (False, None)):
+        _, _, colours, _ = vlmrm.build_backbone(name, tag, load)
+        assert tuple(colours) == tuple(mean)
+        assert asked.pop() == (weights, {"force_quick_gelu": quick_gelu})
+    config = {"backbone": name, "pretrained": tag, "lora": 0, "seed": 0, "cosine": True}
+    (tmp_path / "config.json").write_bytes(vlmrm.to_json(config))
+    monkeypatch.setattr(vlmrm, "build_backbone", lambda *names: asked.append(names))
+    with pytest.raises(vlmrm.InputError):  # there is no model
+        vlmrm.load_reward_model(tmp_path, device="cpu")
+    assert asked == [(name, tag, False)]
+
 # Training -------------------------------------------------
 
 def test_batch_is_ordered_and_of_training_experts_of_different_seen_tasks(toy):
@@ -1466,7 +1491,7 @@ def test_readme_commands_run(line, reader, toy, monkeypatch, capsys):
     arguments += ["--steps=1", "--seeds=1", "--device=cpu", "--runs=tried", "--batch=2"]
     arguments += [f"--data={toy.path}", "--instructions=data/instructions.json"]
     if args.pretrained not in (None, "none"):  # a download, or a file that is not here
-        monkeypatch.setattr(open_clip, "create_model", lambda *names: 1 / 0)
+        monkeypatch.setattr(open_clip, "create_model", lambda *names, **options: 1 / 0)
         assert vlmrm.main(arguments) == 2
         one_line(capsys, f"cannot load {args.backbone}")
         return

@@ -479,12 +479,13 @@ class RewardModel(nn.Module):
         products = frames * last[1].to(frames.device)  # no matrix product: autocast would round it
         return products.sum(dim=-1).cpu().numpy()
 
-def build_backbone(name: str, pretrained: str):
+def build_backbone(name: str, pretrained: str, load: bool = True):
     """tiny, or any open_clip model, with the weights of a tag of open_clip, of a file, or with
-    random ones ("none"). Raises InputError."""
+    random ones ("none", or not load: others will be put into it). Raises InputError."""
+    load = load and pretrained != "none"
     if name == "tiny":
         model = RewardModel(open_clip.CLIP(**TINY), tiny_tokenizer(), [0.5] * 3, [0.5] * 3)
-        if pretrained != "none":
+        if load:
             with reading(pretrained):
                 put_weights(model, load_file(pretrained))
         return model
@@ -492,11 +493,13 @@ def build_backbone(name: str, pretrained: str):
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not pretrained:  # random weights are never a silent choice
             raise ValueError(f"choose --pretrained: a file, none, {', '.join(tags)}")
-        clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
+        known = open_clip.get_pretrained_cfg(name, pretrained)  # {} of a file
+        activation = known.get("quick_gelu", False)  # the one that these weights were trained with
+        clip = open_clip.create_model(
+            name, pretrained if load else None, force_quick_gelu=activation)
         tokenizer = open_clip.get_tokenizer(name)
-        # A file does not say how to normalise colours: then as for the first weights listed.
-        tag = pretrained if pretrained in tags else next(iter(tags), "")
-        known = open_clip.get_pretrained_cfg(name, tag)
+        if not known:  # how to normalise colours? As for the first weights listed
+            known = open_clip.get_pretrained_cfg(name, next(iter(tags), ""))
         mean = known.get("mean") or open_clip.OPENAI_DATASET_MEAN
         std = known.get("std") or open_clip.OPENAI_DATASET_STD
         return RewardModel(clip, tokenizer, mean, std)
@@ -853,9 +856,12 @@ def backward(loss, texts: torch.Tensor, weights: list, step: int, config: dict):
         raise InputError("the loss does not read the texts, so the reward, their cosine with the "
                          "frames, is not trained. If you mean it, its file needs COSINE = False")
     norm = nn.utils.clip_grad_norm_(weights, 1.0)  # tames the odd batch
-    if not (loss + norm).isfinite() or (step == 1 and norm == 0):  # 0: nothing to learn
+    if not (loss + norm).isfinite():
         raise InputError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}; "
-                         "try a lower --learning-rate or a larger --batch")
+                         "try a lower --learning-rate")
+    if step == 1 and norm == 0:
+        raise InputError("there is nothing to learn: the gradient of the first step is 0; try a "
+                         "larger --batch")
 
 def save_checkpoint(path, model, optimizer, rng, log: list[dict], config: dict):
     """Write all that the next step depends on (on a CPU), and the configuration of the run."""
@@ -1224,8 +1230,9 @@ def claim_folder(config: dict, runs: Path) -> tuple[Path, bool]:
         if settings.exists() and settings.read_bytes() == to_json(config):
             return folder, False
 
-def prepare_model(config: dict, device: str = "auto"):
-    """The backbone as a run starts from it, in bfloat16 where that is faster. Raises InputError."""
+def prepare_model(config: dict, device: str = "auto", load: bool = True):
+    """The backbone as a run starts from it, in bfloat16 where that is faster; not load: only its
+    shape. Raises InputError."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     if device == "auto":
         device = next(name for name in there if there[name])
@@ -1234,7 +1241,7 @@ def prepare_model(config: dict, device: str = "auto"):
         raise InputError(f"no {device} device here; --device cpu is everywhere")
     torch.manual_seed(config["seed"])  # decides the adapters' start, and random backbones
     with torch.device("cpu"):
-        model = build_backbone(config["backbone"], config["pretrained"])
+        model = build_backbone(config["backbone"], config["pretrained"], load)
         if config["lora"]:
             add_lora(model, config["lora"])
     if kind == "cuda":
@@ -1251,14 +1258,13 @@ def load_reward_model(folder, device: str = "auto"):
         check_numbers(config)
         if not config["cosine"]:
             raise ValueError("it was not trained for the cosine of picture and sentence")
-        if not config["lora"]:
-            config["pretrained"] = "none"  # all weights are in the folder
-        elif "pretrained" in config["sha256"]:
+        load = config["lora"] > 0  # otherwise all weights are in the folder
+        if load and "pretrained" in config["sha256"]:
             if not Path(config["pretrained"]).exists():  # the folder comes from elsewhere
                 config["pretrained"] = str(DATA / Path(config["pretrained"]).name)
             if digest(config["pretrained"]) != config["sha256"]["pretrained"]:
                 raise ValueError("the weights of its backbone have changed since this run")
-        model = prepare_model(config, device)
+        model = prepare_model(config, device, load)
     weights = Path(folder, "model.safetensors")
     report = Path(folder, "metrics.json")
     with reading(weights):
@@ -1471,28 +1477,36 @@ def parse_arguments(argv: list[str] = None):
             raise InputError(f"{name!r} is not all, {names}, or a Python file")
     return args
 
-def main(argv: list[str] = None):
-    """The program. Returns its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+def exit_code(program: str, work):
+    """Do work(). Returns 0, or 2 after what the user can mend, which is one line; 130 after
+    Ctrl-C."""
     warnings.simplefilter("ignore")
     matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
     try:
+        work()
+    except (InputError, OSError, BrokenExecutor) as problem:  # OSError: a full disk, say
+        print(f"{program}:", " ".join(str(problem).split()), file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as problem:
+        if "memory" not in str(problem) and not isinstance(problem, MemoryError):
+            raise
+        print(f"{program}: not enough memory; try a smaller --batch", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; give the command again", file=sys.stderr)
+        return 130
+    return 0
+
+def main(argv: list[str] = None):
+    """The program. Returns its exit code."""
+    def work():
         args = parse_arguments(argv)
         if args.collect:
             collect(args)
         else:
             run_all(args)
-    except (InputError, OSError, BrokenExecutor) as problem:  # OSError: a full disk, say
-        print("vlmrm:", " ".join(str(problem).split()), file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as problem:
-        if "memory" not in str(problem) and not isinstance(problem, MemoryError):
-            raise
-        print("vlmrm: not enough memory; try a smaller --batch", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nvlmrm: stopped; a run goes on with the same command", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("vlmrm", work)
 
 def mend_streams():
     """Printing must not fail: whoever started us may have closed a stream, and not every terminal

@@ -7,7 +7,6 @@ are two rewards, the model's and the simulator's, as shares of how far they rise
 """
 import io
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -82,7 +81,6 @@ def draw_large(env, poses: list) -> np.ndarray:
 
 def work(args) -> None:
     """Write the film."""
-    warnings.simplefilter("ignore")  # Meta-World's
     guide = vlmrm.read_json(args.guide)
     models = load_models([args.run], "cpu")
     row = next(iter(models))

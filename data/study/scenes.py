@@ -635,8 +635,10 @@ def work(args) -> None:
     if args.fold is not None:
         unseen = left_out(args.fold)
         args.tasks = [task for task in args.tasks if task not in unseen]
-    if not args.tasks or args.count < 1:
-        raise vlmrm.InputError("no environment is left, or --count is 0")
+    if not args.tasks:
+        raise vlmrm.InputError("no environment is left: --fold leaves out all of --tasks")
+    if args.count < 1:
+        raise vlmrm.InputError("--count is below 1")
     if args.mode == "collect":
         collect(args)
         return

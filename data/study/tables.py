@@ -153,7 +153,9 @@ def planned(scores: dict, chosen: set[str]) -> dict[tuple, np.ndarray]:
     for one, other, titles in pairs:
         for title in titles:
             metric = COLUMNS[title]
-            found[one, other, title] = differences(scores[one][metric], scores[other][metric])
+            values = differences(scores[one][metric], scores[other][metric])
+            if len(values):
+                found[one, other, title] = values
     return found
 
 # 3. Tables ----------------------------------------------------------------------------------------
@@ -282,10 +284,11 @@ def counts_sentences(scores: dict, choices: dict, runs: dict) -> str:
     kept = []
     for fold, arm in itertools.product(judged, CANDIDATES):
         kept += list(reads(choices, arm, fold))
-    text = (f"{len(folds_of(runs))} of 5 folds are there: {len(pairs)} tasks with {np.median(pairs):,.0f} "
-            f"pairs of frames at the same time in the median, {pairs[0]:,.0f} at least; {few} of "
-            f"them have fewer than {vlmrm.FEWEST_PAIRS}. Of the candidates' {len(kept)} "
-            f"settings {sum(kept)} kept four fifths of the start's gap on the judges. Ours is")
+    text = (f"{len(folds_of(runs))} of 5 folds are there: {len(pairs)} tasks with "
+            f"{np.median(pairs):,.0f} pairs of frames at the same time in the median, "
+            f"{pairs[0]:,.0f} at least; {few} of them have fewer than {vlmrm.FEWEST_PAIRS}. "
+            f"Of the candidates' {len(kept)} settings {sum(kept)} kept four fifths of the start's "
+            "gap on the judges. Ours is")
     for fold in judged:
         text += f" `{ours(choices, fold)}` in fold {fold},"
     return text.rstrip(",") + "."
@@ -296,7 +299,7 @@ def result_sentence(scores: dict, found: dict, folds: list[int]) -> str:
     for (one, other, title), values in found.items():
         if (one, other) == ("triplet", "r3m"):
             parts.append(f"{title} {over_tasks(values)}, {verdict(values)} "
-                         f"(p = {sign_flips(values):.3f})")
+                         f"(p = {p_cell(values)})".replace("= <", "<"))
     count = len(scores["triplet"]["voc"])
     return (f"**On {count} unseen tasks, {len(folds)} of 5 folds, `triplet` "
             f"minus `r3m`: {'; '.join(parts)}.** Brackets are 95 % intervals over tasks, p is of "

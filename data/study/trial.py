@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import common  # finds vlmrm
 
 import numpy as np
+import safetensors
 import scipy.stats
 
 import vlmrm
@@ -145,7 +147,7 @@ def play(job: dict) -> dict[str, dict]:
         try:
             vlmrm.train(model, data, instructions, loss, config)
         except vlmrm.InputError as problem:
-            if "the loss is" in str(problem):
+            if "the loss is" in str(problem):  # not finite
                 return {}  # it diverged: worse than all others
             raise
     if job["test"] == "unseen":
@@ -186,7 +188,7 @@ def play_all(jobs: dict[str, dict], path: Path, files_of, workers: int) -> dict:
     is what they depend on: an arm that was begun with other files is not gone on with."""
     found = {"files": {}, "settings": {}, "runs": {}}
     if path.exists():
-        found = vlmrm.read_json(path)
+        found |= vlmrm.read_json(path)
     for arm in sorted({job["arm"] for job in jobs.values()}):
         if found["settings"].get(arm, settings_of(arm)) != settings_of(arm):
             raise vlmrm.InputError(f"{path}: {arm} had other settings: move it away")
@@ -277,11 +279,8 @@ def chosen_setting(args, arm: str, fold: int) -> int:
     path = args.results / "choices.json"
     with vlmrm.reading(path):  # there, and whole
         choices = vlmrm.read_json(path)
-        made_of = choices["files"][f"{arm}, fold {fold}"]
         now = files_of(argparse.Namespace(**dict(vars(args), stage="choose")), fold)
-        for name in ("data", "instructions", "start"):
-            if made_of[name] != now[name]:
-                raise ValueError(f"in fold {fold} the {name} was another one")
+        check_files(choices, arm, fold, now, goes_on=False)
         if choices["settings"][arm] != settings_of(arm):
             raise ValueError(f"{arm} had other settings")
         return best_setting(choices["runs"], arm, fold)
@@ -316,6 +315,14 @@ def episodes_digest(path: Path, tasks: tuple) -> str:
         found.update(data.source[e].encode())
     return found.hexdigest()
 
+def check_start(path: Path, fold: int) -> None:
+    """Raise InputError if a start has seen what is unseen in this fold."""
+    with vlmrm.reading(path), safetensors.safe_open(path, "np") as file:
+        made_of = json.loads(file.metadata()["made_of"])
+        known = set(made_of["environments"]) & set(left_out(fold))
+        if known:
+            raise ValueError(f"it has seen {min(known)}, which is unseen in fold {fold}")
+
 def files_of(args, fold: int) -> dict[str, str]:
     """The checksums of all that the runs of a fold depend on."""
     code = [__file__, *sorted((vlmrm.DATA / "objectives").glob("*.py"))]
@@ -325,6 +332,7 @@ def files_of(args, fold: int) -> dict[str, str]:
     for name, path in files.items():
         with vlmrm.reading(path):
             checksums[name] = vlmrm.digest(path)
+    check_start(files["start"], fold)
     if args.stage == "test":
         checksums["trial"] = episodes_digest(args.trial, left_out(fold))
     return checksums
@@ -333,7 +341,10 @@ def work(args) -> None:
     """Do a stage."""
     name = {"choose": "choices.json", "test": "trial.json"}[args.stage]
     files = functools.partial(files_of, args)
-    runs = play_all(jobs_of(args), args.results / name, files, args.workers)
+    jobs = jobs_of(args)
+    if not jobs:
+        raise vlmrm.InputError("controls have no settings to choose from: test them")
+    runs = play_all(jobs, args.results / name, files, args.workers)
     if args.stage == "choose" and {"zeroshot", *CANDIDATES} <= set(args.arms):
         for fold in args.folds:
             print(f"fold {fold}: ours is {ours(runs, fold)}")

@@ -396,6 +396,22 @@ def test_films_that_are_not_shown(place, brightness, capsys, name, content, says
     refuses(show.main, ["run", name, "push", "--out", "reward.gif"], capsys, says)
     assert not list(place.glob("*reward*"))
 
+@pytest.mark.parametrize("names, says", [
+    ("film.2.png film.10.jpg film.0001.png", None), ("1.png 01.jpg 2.png", None),
+    ("0.5.png 1.25.png 1.5.png", "are numbered"), ("1.png last.png", "last.png"),
+    ("a1.png b2.png", "mixes pictures called a, b")])
+def test_the_order_of_a_folder(names, says, tmp_path):
+    """By whole numbers; other names have no order that is sure."""
+    for name in names.split():
+        (tmp_path / name).touch()
+    if says:
+        with pytest.raises(vlmrm.InputError, match=says):
+            common.in_order(tmp_path)
+        return
+    found = [file.name for file in common.in_order(tmp_path)]
+    assert found == sorted(found, key=lambda name: int(name.split(".")[-2]))
+    assert sorted(found) == sorted(names.split())
+
 # -----------------------------------------------------------------------------
 # hub.py
 

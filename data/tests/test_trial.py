@@ -5,6 +5,7 @@ import vlmrm  # before torch: see there
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 import common
@@ -296,14 +297,24 @@ def test_the_trial_goes_on_with_the_same_files_alone(small, tmp_path, monkeypatc
     capsys.readouterr()
     assert small("test") == 2
     assert "fold0" in capsys.readouterr().err
-    (tmp_path / "starts/fold0.safetensors").write_bytes(b"other weights")
+    other = {"made_of": '{"environments": []}'}
+    safetensors.numpy.save_file({}, tmp_path / "starts/fold0.safetensors", other)
     assert small("test") == 2
-    assert "start was another one" in capsys.readouterr().err
+    assert "begun with another start" in capsys.readouterr().err
     choices = vlmrm.read_json(tmp_path / "choices.json")
     del choices["runs"]["zeroshot, fold 0, setting 0"]
     vlmrm.write_whole(tmp_path / "choices.json", vlmrm.to_json(choices))
     assert small("choose") == 2
     assert "begun with another start" in capsys.readouterr().err
+
+def test_a_start_that_has_seen_what_is_unseen_is_refused(small, monkeypatch, capsys):
+    """The shipped one has not seen the first fold's tasks alone."""
+    assert small("choose", "--arms", "zeroshot") == 0
+    assert small("choose", "--arms", "clock") == 2
+    for fold in (1, 2, 3, 4):
+        monkeypatch.setattr(trial, "left_out", lambda _: scenes.left_out(fold))
+        assert small("choose") == 2
+        assert "which is unseen in fold 0" in capsys.readouterr().err
 
 def test_the_digest_of_episodes(toy, tmp_path):
     """It is of the given tasks alone, in whatever file they are."""

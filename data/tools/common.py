@@ -2,9 +2,8 @@
 it first, and so runs from any folder."""
 import argparse
 import logging
+import re
 import sys
-import warnings
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -15,7 +14,6 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 import imageio.v3 as imageio
-import matplotlib
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 class Parser(argparse.ArgumentParser):
@@ -26,22 +24,16 @@ class Parser(argparse.ArgumentParser):
 def main(parser: Parser, work, argv: list[str] = None) -> int:
     """Do work(args) with the options of argv or the command line, whose numbers are those that
     --collect takes. Returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)  # what matters is said in one line
-    matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # a docstring keeps its lines
     vlmrm.mend_streams()
-    try:
+
+    def checked_work():
         args = parser.parse_args(argv)
         vlmrm.check_numbers(vars(args))
         work(args)
-    except (vlmrm.InputError, OSError, BrokenExecutor) as problem:
-        print(f"{parser.prog}:", " ".join(str(problem).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return vlmrm.exit_code(parser.prog, checked_work)
 
 def check_outputs(*paths: Path) -> None:
     """Before the work: InputError or OSError for an output that exists or cannot be written."""
@@ -86,11 +78,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
+def in_order(folder: Path) -> list[Path]:
+    """The files of a folder by their numbers: 10.png comes after 9.jpeg. Raises InputError if they
+    are not numbered alike, as a-1.png and a-2.png are."""
+    numbered = []
+    for file in folder.glob("[!.]*"):
+        match = re.fullmatch(r"(|.*\D)(?<!\d\.)(\d+)", file.stem)  # 0.5 is no whole number
+        if not match:
+            raise vlmrm.InputError(f"{file}: pictures of a folder are numbered: 1.png, 2.png, ...")
+        numbered.append((match[1], int(match[2]), file))
+    names = {name for name, _, _ in numbered}
+    if len(names) > 1:
+        raise vlmrm.InputError(f"{folder} mixes pictures called {', '.join(sorted(names)[:5])}")
+    return [file for _, _, file in sorted(numbered)]
+
 def read_pictures(path: Path):
     """Yield the pictures of a film, an image or a folder of numbered images, PIL's, upright, RGB.
     Raises InputError."""
-    if path.is_dir():  # 10.png comes after 9.jpeg
-        for file in sorted(path.glob("[!.]*"), key=lambda file: (len(file.stem), file.name)):
+    if path.is_dir():
+        for file in in_order(path):
             yield from read_pictures(file)
         return
     with vlmrm.reading(path):
