@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import zlib
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,11 +60,19 @@ def left_out(fold: int) -> tuple[str, ...]:
     others = [task for task in sorted(KIND_OF) if task not in FIRST_FOLD]
     return tuple(others[fold - 1::4])
 
-NOTHING = {"joints": [], "objects": [], "targets": [], "told": [], "parts": [], "flags": []}
-KIND_OF = {}  # {task: what its environment has in it}
-for kind in expand(TABLES["kinds"]):
-    for task in kind["tasks"].split():
-        KIND_OF[f"{task}-v3"] = {"lifted": True, **NOTHING, **kind}
+# What an environment has in it: the rows of scenes.json, which says what each word means.
+ROWS = {"joints": namedtuple("Joint", "name low high nouns low_words high_words"),
+        "objects": namedtuple("Thing", "nouns body joint rest grasp"),
+        "targets": namedtuple("Target", "thing nouns place radius out touching off"),
+        "told": namedtuple("Told", "target nouns touching off"),
+        "parts": namedtuple("Part", "nouns place"),
+        "flags": namedtuple("Flag", "nouns place axis limit below above")}
+KIND_OF = {}  # {task: {"joints": [Joint], ...}}
+for table in expand(TABLES["kinds"]):
+    kind = {name: [row(*values) for values in table.get(name, [])] for name, row in ROWS.items()}
+    kind["lifted"] = table.get("lifted", True)
+    for task in table["tasks"].split():
+        KIND_OF[f"{task}-v3"] = kind
 
 # 1. From the state of a scene to words ------------------------------------------------------------
 # A measure is a number of the state: how far a joint is open, say. A fact is an interval of one
@@ -132,15 +141,16 @@ def joint_facts(nouns: str, low: str, high: str) -> list[tuple]:
 
 def target_facts(kind: dict, i: int) -> list[tuple]:
     """Facts of the distance of an object to target i, and what that tells of other things."""
-    thing, other, _, radius, _, touching, off = kind["targets"][i]
-    nouns = kind["objects"][thing][0]
-    facts = distance_facts(nouns, radius, touching, off, 3, other=other)
-    for target, nouns, high, low in kind["told"]:
-        if target == i:
-            near = high.split("|") + marked("not", low)
-            far = low.split("|") + marked("not", high)
-            facts.append((-9, radius + 0.01, nouns, near, "", 0.7))
-            facts.append((radius + 0.06, 9, nouns, far, "", 0.7))
+    target = kind["targets"][i]
+    nouns = kind["objects"][target.thing].nouns
+    facts = distance_facts(
+        nouns, target.radius, target.touching, target.off, 3, other=target.nouns)
+    for told in kind["told"]:
+        if told.target == i:
+            near = told.touching.split("|") + marked("not", told.off)
+            far = told.off.split("|") + marked("not", told.touching)
+            facts.append((-9, target.radius + 0.01, told.nouns, near, "", 0.7))
+            facts.append((target.radius + 0.06, 9, told.nouns, far, "", 0.7))
     return facts
 
 @functools.cache
@@ -153,24 +163,28 @@ def facts_of(task: str) -> dict[tuple, list[tuple]]:
     for what, table in (("spread", "spreads"), ("height", "heights")):
         facts[what, 0] = [(low, high, HAND, phrases.split("|"), "", 0.2)
                           for low, high, phrases in TABLES[table]]
-    for i, (_, _, _, nouns, low, high) in enumerate(kind["joints"]):
-        facts["joint", i] = joint_facts(nouns, low, high)
-    for i, (nouns, _, _, rest, _) in enumerate(kind["objects"]):
-        if rest is not None:
-            facts["held", i] = [(0.5, 9, nouns, held, "", 1), (0.5, 9, HAND, hold, nouns, 1)]
-            facts["lift", i] = []
-            for low, high, phrases in TABLES["lifts"] if kind["lifted"] else ():
+    for i, joint in enumerate(kind["joints"]):
+        facts["joint", i] = joint_facts(joint.nouns, joint.low_words, joint.high_words)
+    for i, thing in enumerate(kind["objects"]):
+        if thing.rest is None:
+            continue
+        nouns = thing.nouns
+        facts["held", i] = [(0.5, 9, nouns, held, "", 1), (0.5, 9, HAND, hold, nouns, 1)]
+        facts["lift", i] = []
+        if kind["lifted"]:
+            for low, high, phrases in TABLES["lifts"]:
                 facts["lift", i].append((low, high, nouns, phrases.split("|"), "", 1))
     for i in range(len(kind["targets"])):
         facts["target", i] = target_facts(kind, i)
-    for i, (nouns, *_) in enumerate(kind["parts"] + kind["objects"]):
+    for i, thing in enumerate(kind["parts"] + kind["objects"]):
+        nouns = thing.nouns
         weight = 4 if nouns.startswith(TABLES["words"]["MARKER"]) else 1
         facts["part", i] = distance_facts(
             HAND, 0.06, words["TOUCH"], words["CLEAR"], weight, fade=0.5, other=nouns)
         facts["above", i] = [(0.5, 9, HAND, above, nouns, weight)]
-    for i, (nouns, _, _, _, low, high) in enumerate(kind["flags"]):
-        facts["flag", i] = [(-9, 0, nouns, low.split("|"), "", 1),
-                            (0, 9, nouns, high.split("|"), "", 1)]
+    for i, flag in enumerate(kind["flags"]):
+        facts["flag", i] = [(-9, 0, flag.nouns, flag.below.split("|"), "", 1),
+                            (0, 9, flag.nouns, flag.above.split("|"), "", 1)]
     return facts
 
 def numbered_facts(task: str) -> list[tuple]:
@@ -254,15 +268,14 @@ def forward(env) -> None:
     import mujoco  # vlmrm.open_task() has chosen how to draw; training does without
     mujoco.mj_forward(env.model, env.data)
 
-def put_object(env, thing: list, position: np.ndarray) -> None:
+def put_object(env, thing, position: np.ndarray) -> None:
     """Set an object's free joint, or its two slides, so that the object is at a position."""
-    _, body, joint, _, _ = thing
-    if isinstance(joint, str):
-        env.data.qpos[joint_address(env, joint):][:3] = position
+    if isinstance(thing.joint, str):
+        env.data.qpos[joint_address(env, thing.joint):][:3] = position
         return
-    for axis, name in enumerate(joint):
+    for axis, name in enumerate(thing.joint):
         address = joint_address(env, name)
-        to = env.data.qpos[address] + position[axis] - locate(env, body)[axis]
+        to = env.data.qpos[address] + position[axis] - locate(env, thing.body)[axis]
         low, high = env.model.joint(name).range
         env.data.qpos[address] = np.clip(to, low - 0.06, high + 0.06)
 
@@ -270,26 +283,30 @@ def scatter_object(env, kind: dict, i: int, rng) -> None:
     """Put object i of the kind where it is lifted, or at, near, or on the way to one of its
     targets, or anywhere."""
     thing = kind["objects"][i]
-    _, body, _, rest, _ = thing
-    start = locate(env, body).copy()
+    rest = thing.rest
+    start = locate(env, thing.body).copy()
     anywhere = np.array([rng.uniform(-0.3, 0.3), rng.uniform(0.45, 0.85), rest or 0])
-    targets = [target for target in kind["targets"] if target[0] == i]
+    targets = [target for target in kind["targets"] if target.thing == i]
     if not targets:
         put_object(env, thing, start if rng.random() < 0.5 else anywhere)
         return
-    _, _, place, _, out, _, _ = targets[rng.integers(len(targets))]
-    goal = locate(env, place)
-    mode = rng.choice(6, p=[0.12, 0.2, 0.13, 0.25, 0.15, 0.15])
-    there = goal + rng.normal(size=3) * 0.008
-    leaving = goal + rng.uniform(0, 1) * np.array(out)
-    coming = start + rng.uniform(0, 1) * (goal - start)
-    near = goal + rng.normal(size=3) * 0.05
-    position = (start, there, leaving, coming, near, anywhere)[mode]
+    target = targets[rng.integers(len(targets))]
+    goal = locate(env, target.place)
+    modes = ["start", "there", "leaving", "coming", "near", "anywhere"]
+    mode = modes[rng.choice(6, p=[0.12, 0.2, 0.13, 0.25, 0.15, 0.15])]
+    places = {"start": start, "there": goal + rng.normal(size=3) * 0.008}
+    places["leaving"] = goal + rng.uniform(0, 1) * np.array(target.out)
+    places["coming"] = start + rng.uniform(0, 1) * (goal - start)
+    places["near"] = goal + rng.normal(size=3) * 0.05
+    places["anywhere"] = anywhere
+    position = places[mode]
     if rest is not None:
-        carried = goal[2] > rest + 0.06 or out[2] > 0.05  # other things are pushed, most often
-        if mode >= 3 and rng.random() < (0.5 if carried else 0.2):
+        lowest = rest
+        if mode in ("there", "leaving"):
+            lowest = min(rest, goal[2])
+        carried = goal[2] > rest + 0.06 or target.out[2] > 0.05  # others are pushed, most often
+        if mode in ("coming", "near", "anywhere") and rng.random() < (0.5 if carried else 0.2):
             position[2] += rng.uniform(0, 0.2)
-        lowest = min(rest, goal[2]) if mode in (1, 2) else rest
         position[2] = max(position[2], lowest)
     put_object(env, thing, position)
 
@@ -298,10 +315,11 @@ def scatter(env, kind: dict, rng) -> None:
     forward(env)
     env.reset_model()  # furniture and marker; the hand's part of it is taken out
     forward(env)
-    for name, low, high, *_ in kind["joints"]:
+    for joint in kind["joints"]:
         values = [rng.normal() * 0.02, 1 + rng.normal() * 0.03, rng.uniform()]
         share = rng.choice(values, p=[0.22, 0.22, 0.56])
-        env.data.qpos[joint_address(env, name)] = low + share * (high - low)
+        value = joint.low + share * (joint.high - joint.low)
+        env.data.qpos[joint_address(env, joint.name)] = value
     forward(env)
     for i in range(len(kind["objects"])):
         scatter_object(env, kind, i, rng)
@@ -328,24 +346,24 @@ def move_hand(env, place: np.ndarray) -> None:
 
 def hand_places(kind: dict) -> list:
     """The places that the hand may be near to: the kind's parts, and where to grasp its objects."""
-    places = [place for _, place in kind["parts"]]
-    return places + [[body, *grasp] for _, body, _, _, grasp in kind["objects"]]
+    places = [part.place for part in kind["parts"]]
+    return places + [[thing.body, *thing.grasp] for thing in kind["objects"]]
 
 def choose_hand(env, kind: dict, rng) -> tuple[np.ndarray, int | None]:
     """A place for the hand, mostly near something, and the object that it holds there, if any: what
     is in the air is held, most often."""
-    for i, (_, body, _, rest, grasp) in enumerate(kind["objects"]):
-        if rest is None:
+    for i, thing in enumerate(kind["objects"]):
+        if thing.rest is None:
             continue
-        place = locate(env, body)
+        place = locate(env, thing.body)
         chance = 0.35 if kind["targets"] else 0.05
-        if place[2] > rest + 0.02:
-            gaps = [np.linalg.norm(place - locate(env, target[2]))
-                    for target in kind["targets"] if target[0] == i]
+        if place[2] > thing.rest + 0.02:
+            gaps = [np.linalg.norm(place - locate(env, target.place))
+                    for target in kind["targets"] if target.thing == i]
             if min(gaps, default=1) >= 0.05:
                 chance = 0.85  # it floats
         if rng.random() < chance:
-            return place + grasp, i
+            return place + thing.grasp, i
     places = hand_places(kind)
     main = not kind["targets"] and rng.random() < 0.6
     at = locate(env, places[0 if main else rng.integers(len(places))])
@@ -368,7 +386,7 @@ def make_scene(env, task: str, home: np.ndarray, rng) -> np.ndarray:
     fingers = [joint_address(env, "r_close"), joint_address(env, "l_close")]
     robot = [joint_address(env, f"right_j{i}") for i in range(7)] + fingers
     names = ["hand", "tablelink"]  # other things are loose
-    names += [body for _, body, joint, _, _ in kind["objects"] if isinstance(joint, str)]
+    names += [thing.body for thing in kind["objects"] if isinstance(thing.joint, str)]
     arm, table, *loose = [int(env.model.body_rootid[env.model.body(name).id]) for name in names]
     for _ in range(8):
         now = data.qpos[robot].copy()
@@ -391,7 +409,7 @@ def make_scene(env, task: str, home: np.ndarray, rng) -> np.ndarray:
         forward(env)
         if held is not None:
             thing = kind["objects"][held]
-            put_object(env, thing, env.tcp_center - thing[-1])
+            put_object(env, thing, env.tcp_center - thing.grasp)
             forward(env)
         if not pierced(env, arm, set(loose)):
             break
@@ -405,25 +423,32 @@ def measure(env, task: str, held: int | None, spread: float) -> np.ndarray:
     places = hand_places(kind)
     values = []
     for what, i in facts_of(task):
-        value = {"spread": spread, "height": hand[2], "held": held == i}.get(what)
-        if what == "joint":
-            name, low, high, *_ = kind["joints"][i]
-            value = (env.data.qpos[joint_address(env, name)] - low) / (high - low)
+        if what == "spread":
+            value = spread
+        elif what == "height":
+            value = hand[2]
+        elif what == "held":
+            value = held == i
+        elif what == "joint":
+            joint = kind["joints"][i]
+            value = env.data.qpos[joint_address(env, joint.name)] - joint.low
+            value /= joint.high - joint.low
         elif what == "lift":
-            value = locate(env, kind["objects"][i][1])[2] - kind["objects"][i][3]
+            thing = kind["objects"][i]
+            value = locate(env, thing.body)[2] - thing.rest
         elif what == "target":
-            thing, _, place, *_ = kind["targets"][i]
-            _, body, _, rest, _ = kind["objects"][thing]
-            gaps = locate(env, body) - locate(env, place)
-            value = np.linalg.norm(gaps[:2] if rest is None else gaps)
+            target = kind["targets"][i]
+            thing = kind["objects"][target.thing]
+            gaps = locate(env, thing.body) - locate(env, target.place)
+            value = np.linalg.norm(gaps[:2] if thing.rest is None else gaps)
         elif what == "part":
             value = np.linalg.norm(hand - locate(env, places[i]))
         elif what == "above":
             gaps = hand - locate(env, places[i])
             value = gaps[2] > 0.05 and np.linalg.norm(gaps[:2]) < 0.05
         elif what == "flag":
-            _, place, axis, limit, *_ = kind["flags"][i]
-            value = locate(env, place)[axis] - limit
+            flag = kind["flags"][i]
+            value = locate(env, flag.place)[flag.axis] - flag.limit
         values.append(value)
     return np.float32(values)
 
@@ -480,6 +505,8 @@ def load_scenes(folder: Path, tasks: list[str]) -> dict:
     for task in tasks:
         with vlmrm.reading(folder / f"{task}.npz"):
             files[task] = dict(np.load(folder / f"{task}.npz", allow_pickle=False))
+            if files[task]["measures"].shape[1] != len(facts_of(task)):
+                raise ValueError("scenes.json has other measures: collect it again")
         facts[task] = numbered_facts(task)
         numbers[task] = np.array([known.setdefault(fact[3:6], len(known)) for fact in facts[task]])
     count = sum(len(file["measures"]) for file in files.values())
