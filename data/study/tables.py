@@ -298,8 +298,8 @@ def result_sentence(scores: dict, found: dict, folds: list[int]) -> str:
     parts = []
     for (one, other, title), values in found.items():
         if (one, other) == ("triplet", "r3m"):
-            parts.append(f"{title} {over_tasks(values)}, {verdict(values)} "
-                         f"(p = {p_cell(values)})".replace("= <", "<"))
+            parts.append(f"{title} {values.mean():+.3f} {brackets(values, 0.95, 3)}, "
+                         f"{verdict(values)} (p = {p_cell(values)})".replace("= <", "<"))
     count = len(scores["triplet"]["voc"])
     return (f"**On {count} unseen tasks, {len(folds)} of 5 folds, `triplet` "
             f"minus `r3m`: {'; '.join(parts)}.** Brackets are 95 % intervals over tasks, p is of "

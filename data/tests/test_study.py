@@ -217,7 +217,7 @@ def test_tables_by_hand(two_ours):
     assert "32 kept" in counts and "64 settings" in counts
     result = tables.result_sentence(scores, found, [0, 2])
     assert "On 4 unseen tasks, 2 of 5 folds" in result and "ours" not in result
-    assert "`triplet` minus `r3m`: VOC +0.30 [+0.30, +0.30], more (p = 0.125); ranking" in result
+    assert "`triplet` minus `r3m`: VOC +0.300 [+0.300, +0.300], more (p = 0.125); ranking" in result
 
 GUIDE = {
     "metrics": {name: {metric: place / 4 for metric in guide.METRICS}
